@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Installs what is missing, then checks everything:   bash scripts/test.sh [arguments for pytest]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash scripts/install.sh dev
+export PATH="${VENV:-.venv}/bin:$PATH" OMP_NUM_THREADS=1
+
+step() {
+    echo "== $*"
+    "$@"
+}
+
+step ruff check --quiet .
+step ruff format --check --quiet .
+step mypy
+step lint-imports --no-logo
+step python -m pytest -n 2 --quiet "$@"
+echo "== all passed"
