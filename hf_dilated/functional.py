@@ -1,11 +1,16 @@
 """Attention functions on tensors, for models that do not come from Transformers."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from hf_dilated import reference
 from hf_dilated.config import DilatedConfig
+from hf_dilated.engine import op
 from hf_dilated.patterns import DensePattern, DilatedPattern
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 def dilated_attention(
@@ -22,12 +27,48 @@ def dilated_attention(
     layer: int = 0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """Dilated attention (LongNet, arXiv:2307.02486) along the branches of a configuration.
+
+    The queries are the last N written of the M key slots. A row without any key has output 0 and LSE -inf.
+
+    Args:
+        query: (B, H, N, D), float64, float32, bfloat16 or float16.
+        key: (B, G, M, D), G a divisor of H: grouped heads are not repeated.
+        value: (B, G, M, Dv).
+        config: Segment lengths, dilation rates and options. Its ``dense_layers`` belong to a model; here the
+            pattern always runs.
+        is_causal: Whether tokens see only earlier ones.
+        scale: Factor of the scores; ``1 / sqrt(D)`` by default.
+        attention_mask: (B, M) bool, True for real tokens.
+        position_ids: (B, N) or (B, M) integers. A document starts at a real token whose entry is not its
+            predecessor's plus one; the values mean nothing else.
+        key_positions: (B, M) integers, each slot's index within its document, -1 for padding, -2 for slots
+            not written yet. Replaces ``attention_mask`` and ``position_ids``.
+        layer: Ordinal among the layers that run the pattern; ``phase`` and ``rotate`` depend on it.
+        return_lse: Also return the log-sum-exp, which is not differentiable.
+
+    Returns:
+        Output (B, H, N, Dv) and, if asked for, LSE (B, H, N) in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: If shapes do not fit together.
+        TypeError: If dtypes do not.
+
+    Example:
+        >>> query, key, value = (torch.randn(1, 8, 100, 32) for _ in range(3))
+        >>> pattern = DilatedConfig(segment_lengths=(16, 32, 64), dilation_rates=(1, 2, 4))
+        >>> dilated_attention(query, key, value, pattern).shape
+        torch.Size([1, 8, 100, 32])
+    """
     if key_positions is None:
-        key_positions = reference.positions(query.shape[0], query.shape[2], key.shape[2], attention_mask, position_ids)
+        key_positions = _positions(query, key, attention_mask, position_ids)
+    elif attention_mask is not None or position_ids is not None:
+        raise ValueError("key_positions: already say what attention_mask and position_ids do; pass one or the others")
+    pattern = DilatedPattern(config=config, layer=layer)
     return attend(
-        query, key, value, DilatedPattern(config=config, layer=layer), is_causal=is_causal, scale=scale,
-        key_positions=key_positions, return_lse=return_lse,
-    )
+        query, key, value, pattern,
+        is_causal=is_causal, scale=scale, key_positions=key_positions, return_lse=return_lse,
+    )  # fmt: skip
 
 
 def attend(
@@ -42,27 +83,76 @@ def attend(
     sink_logits: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Stand-in until the engine lands."""
-    B, H, N, D = query.shape
-    G, M = key.shape[1:3]
-    if key_positions is None:
-        key_positions = reference.positions(B, N, M, None, None)
-    config = getattr(pattern, "config", DilatedConfig(segment_lengths=(1 << 40,), dilation_rates=(1,)))
-    rows = []
-    for row in key_positions:
-        m = reference.multiplicity(row, N, config, heads=H, kv_heads=G, is_causal=is_causal, layer=getattr(pattern, "layer", 0))
-        if window := getattr(pattern, "window", None):
-            written = int((row != -2).sum())
-            distance = (row[None, :] - row[written - N : written, None]).abs()
-            m = m * (distance < window)
-        rows.append(m)
-    m = torch.stack(rows).to(query.device)
-    k, v = (x.repeat_interleave(H // G, 1).double() for x in (key, value))
-    scores = query.double() @ k.transpose(2, 3) * (D**-0.5 if scale is None else scale)
-    scores = scores.masked_fill(m == 0, float("-inf")) + m.clamp(min=1).double().log()
-    lse = scores.logsumexp(-1)
+    """Attention along any pattern; arguments as in :func:`dilated_attention`.
+
+    Args:
+        pattern: Who attends to whom.
+        sink_logits: (H,) learned logits that take part in every softmax of their head without a value.
+
+    Example:
+        >>> query, key, value = (torch.randn(1, 8, 100, 32) for _ in range(3))
+        >>> attend(query, key, value, DensePattern(window=16)).shape
+        torch.Size([1, 8, 100, 32])
+    """
+    _check(query, key, value, key_positions, sink_logits)
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    N, M = query.shape[2], key.shape[2]
+    plain = key_positions is None and sink_logits is None and not return_lse
+    if plain and N == M and pattern.is_dense(M):
+        grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    output, lse = op.attend(query, key, value, key_positions, sink_logits, pattern.spec, is_causal, scale)
+    return (output, lse.detach()) if return_lse else output
+
+
+def _positions(query: Tensor, key: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+    """Number the real tokens of every document from 0, padding -1: (B, M), or None if there is nothing to say."""
+    if attention_mask is None and position_ids is None:
+        return None
+    B, N, M = query.shape[0], query.shape[2], key.shape[2]
+    if attention_mask is None:
+        real = torch.ones(B, M, dtype=torch.bool, device=query.device)
+    else:
+        _expect(attention_mask.shape == (B, M), f"attention_mask: expected ({B}, {M}), got {_size(attention_mask)}")
+        if attention_mask.dtype != torch.bool:
+            raise TypeError(f"attention_mask: expected bool, True for real tokens, got {attention_mask.dtype}")
+        real = attention_mask
+    starts = torch.zeros_like(real)
+    if position_ids is not None:
+        expected = f"position_ids: expected ({B}, {N}) or ({B}, {M}), got {_size(position_ids)}"
+        _expect(position_ids.shape in ((B, N), (B, M)), expected)
+        if position_ids.dtype not in INTEGERS:
+            raise TypeError(f"position_ids: expected integers, got {position_ids.dtype}")
+        jumps = (position_ids[:, 1:] != position_ids[:, :-1] + 1).to(real.device)
+        starts = pad(jumps, (M - jumps.shape[1], 0), value=False) & real
+    count = real.long().cumsum(1) - 1
+    start_count = torch.where(starts, count, 0).cummax(1).values
+    return torch.where(real, count - start_count, -1)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, key_positions: Tensor | None, sink_logits: Tensor | None) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _expect(x.ndim == 4, f"{name}: expected (batch, heads, tokens, head size), got {_size(x)}")
+        if x.dtype != query.dtype or not x.is_floating_point():
+            raise TypeError(f"{name}: expected the same floating dtype as the query, got {x.dtype} and {query.dtype}")
+        _expect(x.device == query.device, f"{name}: is on {x.device}, the query on {query.device}")
+    (B, H, N, D), (G, M) = query.shape, key.shape[1:3]
+    _expect(key.shape[0] == B and key.shape[3] == D, f"key: {_size(key)} does not fit the query {_size(query)}")
+    _expect(value.shape[:3] == key.shape[:3], f"value: {_size(value)} does not fit the key {_size(key)}")
+    _expect(G > 0 and H % G == 0, f"key: {G} key-value heads do not divide {H} query heads")
+    _expect(N <= M, f"query: {N} queries, but only {M} keys; the queries are the last of the key slots")
+    if key_positions is not None:
+        _expect(key_positions.shape == (B, M), f"key_positions: expected ({B}, {M}), got {_size(key_positions)}")
+        if key_positions.dtype not in INTEGERS:
+            raise TypeError(f"key_positions: expected integers, got {key_positions.dtype}")
     if sink_logits is not None:
-        lse = torch.logaddexp(lse, sink_logits.double()[None, :, None].expand_as(lse))
-    weights = torch.where(m > 0, (scores - lse.unsqueeze(-1).clamp(min=-1e300)).exp(), 0)
-    out = (weights @ v).to(query.dtype)
-    return (out, lse.float()) if return_lse else out
+        _expect(sink_logits.shape == (H,), f"sink_logits: expected ({H},), got {_size(sink_logits)}")
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _size(x: Tensor) -> str:
+    return str(tuple(x.shape))

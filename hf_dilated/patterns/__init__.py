@@ -1,6 +1,24 @@
 """Patterns: which queries attend to which keys, as lists of dense partial attentions."""
 
+import ast
+from functools import lru_cache
+
 from hf_dilated.patterns.dense import DensePattern
 from hf_dilated.patterns.dilated import DilatedPattern
 
-__all__ = ["DensePattern", "DilatedPattern"]
+__all__ = ["DensePattern", "DilatedPattern", "parse"]
+
+
+@lru_cache(maxsize=1024)
+def parse(spec: str) -> DensePattern | DilatedPattern:
+    """Read a pattern from its ``spec``, the text that operators carry.
+
+    Example:
+        >>> parse(DensePattern(window=128).spec)
+        DensePattern(window=128)
+    """
+    kind, _, fields = spec.partition(" ")
+    values = ast.literal_eval(fields)
+    if kind == "dense":
+        return DensePattern(window=values)
+    return DilatedPattern.from_fields(values)

@@ -1,0 +1,147 @@
+"""The operators ``hf_dilated::attend`` and ``hf_dilated::attend_backward``: one node in a compiled graph.
+
+Planning needs the positions of the keys on the host, so the operators read them there; a single causal
+query on an accelerator is the exception (:mod:`hf_dilated.engine.decode`) and synchronises nothing.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_dilated import patterns
+from hf_dilated.engine import execute, kernels
+from hf_dilated.engine.decode import decode
+from hf_dilated.engine.plan import Plan, make_plan
+from hf_dilated.patterns.documents import Documents, Layout, layout_from_positions
+
+
+@torch.library.custom_op("hf_dilated::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_positions: Tensor | None,
+    sink_logits: Tensor | None,
+    pattern: str,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend along a pattern: output (B, H, N, Dv) and LSE (B, H, N)."""
+    if query.shape[2] == 1 and is_causal and query.device.type != "cpu":
+        output, lse = decode(query, key, value, key_positions, patterns.parse(pattern), scale)
+    else:
+        batch = _Batch(query, key, key_positions, pattern, is_causal)
+        q, k, v = batch.query(query), batch.key(key), batch.key(value)
+        output, lse = execute.forward(batch.plan(q, k, v), q, k, v, scale)
+        output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf)
+    return (output, lse) if sink_logits is None else _with_sink(output, lse, sink_logits)
+
+
+@attend.register_fake
+def _(query, key, value, key_positions, sink_logits, pattern, is_causal, scale):  # type: ignore[no-untyped-def]
+    B, H, N, _ = query.shape
+    output = query.new_empty((B, N, H, value.shape[3])).transpose(1, 2)
+    return output, query.new_empty((B, H, N), dtype=execute.wide(query.dtype))
+
+
+@torch.library.custom_op("hf_dilated::attend_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    key_positions: Tensor | None,
+    pattern: str,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`attend` by query, key and value."""
+    batch = _Batch(query, key, key_positions, pattern, is_causal)
+    q, k, v = batch.query(query), batch.key(key), batch.key(value)
+    grads = execute.backward(
+        batch.plan(q, k, v), batch.query(grad), q, k, v, batch.query(output), batch.query(lse), scale
+    )
+    return batch.put_back(grads[0], 0.0), batch.put_back_key(grads[1]), batch.put_back_key(grads[2])
+
+
+@attend_backward.register_fake
+def _(grad, query, key, value, output, lse, key_positions, pattern, is_causal, scale):  # type: ignore[no-untyped-def]
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, key_positions, sink_logits, ctx.pattern, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, key_positions, sink_logits, *output)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    query, key, value, key_positions, sink_logits, output, lse = ctx.saved_tensors
+    grads = attend_backward(grad, query, key, value, output, lse, key_positions, ctx.pattern, ctx.is_causal, ctx.scale)
+    grad_sink = None
+    if sink_logits is not None:
+        weight = (sink_logits.to(lse.dtype)[:, None] - lse).exp()
+        grad_sink = -(weight * (grad * output).sum(-1)).sum((0, 2)).to(sink_logits.dtype)
+    return *grads, None, grad_sink, None, None, None
+
+
+attend.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def _with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Let a learned logit per head take part in the softmax; it has no value."""
+    total = torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None])
+    share = (lse - total).exp().unsqueeze(-1)
+    return (output * share).to(output.dtype), total
+
+
+class _Batch:
+    """A call's documents; tokens are brought together first where padding lies inside a document."""
+
+    def __init__(self, query: Tensor, key: Tensor, key_positions: Tensor | None, pattern: str, is_causal: bool) -> None:
+        self.shape = (*query.shape[:3:2], key.shape[2])
+        if key_positions is None:
+            self.layout = Layout(Documents.whole_rows(*self.shape))
+        else:
+            self.layout = layout_from_positions(key_positions.cpu().numpy(), query.shape[2])
+        self.pattern = pattern
+        self.is_causal = is_causal
+
+    def plan(self, query: Tensor, key: Tensor, value: Tensor) -> Plan:
+        packs = kernels.packs(kernels.Case.of(query, value))
+        return make_plan(
+            patterns.parse(self.pattern), self.layout.documents, query.shape[1], key.shape[1], self.is_causal, packs
+        )
+
+    def query(self, x: Tensor) -> Tensor:
+        """Bring the real queries of (B, H, N, …) together as (1, H, T, …)."""
+        return _bring_together(x, self.layout.query_index)
+
+    def key(self, x: Tensor) -> Tensor:
+        """Bring the real keys of (B, G, M, …) together as (1, G, T, …)."""
+        return _bring_together(x, self.layout.key_index)
+
+    def put_back(self, x: Tensor, padding: float) -> Tensor:
+        """Spread (1, H, T, …) over (B, H, N, …)."""
+        return _spread(x, self.layout.query_index, self.shape[0], self.shape[1], padding)
+
+    def put_back_key(self, x: Tensor) -> Tensor:
+        """Spread (1, G, T, …) over (B, G, M, …)."""
+        return _spread(x, self.layout.key_index, self.shape[0], self.shape[2], 0.0)
+
+
+def _bring_together(x: Tensor, index: Any) -> Tensor:
+    if index is None:
+        return x
+    row, slot = (torch.from_numpy(i).to(x.device) for i in divmod(index, x.shape[2]))
+    return x.transpose(1, 2)[row, slot].transpose(0, 1).unsqueeze(0)
+
+
+def _spread(x: Tensor, index: Any, rows: int, length: int, padding: float) -> Tensor:
+    if index is None:
+        return x
+    spread = x.new_full((rows * length, x.shape[1], *x.shape[3:]), padding)
+    spread[torch.from_numpy(index).to(x.device)] = x[0].transpose(0, 1)
+    return spread.unflatten(0, (rows, length)).transpose(1, 2)

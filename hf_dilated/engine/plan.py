@@ -1,0 +1,240 @@
+"""From the partial attentions of a pattern to as few kernel calls as possible.
+
+Partials of equal size run as one batch. Where tokens of a batch have regular distances it reads and writes
+strided views of the original tensors; otherwise its tokens are gathered side by side, and then partials of
+all head classes, and on some devices of all lengths, share one call.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_dilated.engine.kernels import PackedLengths
+from hf_dilated.patterns.documents import Documents, Integers
+from hf_dilated.patterns.partials import Level, Partials, Pattern, Spans
+
+LARGEST_VIEWED_RATE = 4  # rows further apart are gathered: the copy costs less than strided reads and many launches
+PLANS_KEPT = 32
+
+
+@dataclass(frozen=True)
+class View:
+    """A selection as a strided view (rows, segments, tokens, heads, D) of a (B, H, N, D) tensor."""
+
+    rows: int
+    segments: int
+    count: int
+    first: int
+    segment_step: int
+    step: int
+    heads: range
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the view (rows, segments, tokens, heads, …) of x (B, H, N, …)."""
+        batch, head, token, *rest = x.stride()
+        return x.as_strided(
+            (self.rows, self.segments, self.count, len(self.heads), *x.shape[3:]),
+            (batch, self.segment_step * token, self.step * token, self.heads.step * head, *rest),
+            x.storage_offset() + self.first * token + self.heads.start * head,
+        )
+
+
+@dataclass(eq=False)
+class Selection:
+    """The queries (or keys) of a call: ``n`` sequences of tokens, and the heads of every sequence."""
+
+    tokens: Integers  # (T,) flat indices row * length + slot, sequence by sequence
+    heads: Integers  # (C, h) one row a head class
+    head_class: Integers  # (T,) index into heads
+    lengths: Integers  # (n,)
+    length: int  # N or M: flat indices per row
+    view: View | None = None
+    _on_device: dict[Any, Any] = field(default_factory=dict)
+
+    @cached_property
+    def equal_lengths(self) -> bool:
+        return bool((self.lengths == self.lengths[0]).all())
+
+    def index(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices of (B, H, N) that broadcast to (T, h)."""
+        if device not in self._on_device:
+            tokens, heads = torch.from_numpy(self.tokens), torch.from_numpy(self.heads)
+            heads = heads[torch.from_numpy(self.head_class)] if len(heads) > 1 else heads
+            row, slot = (tokens // self.length)[:, None], (tokens % self.length)[:, None]
+            self._on_device[device] = tuple(i.to(device) for i in (row, heads, slot))
+        return self._on_device[device]
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return (n, h, L, …) if all lengths are equal, else (T, h, …), of x (B, H, N, …)."""
+        if self.view is not None:
+            return self.view.of(x).flatten(0, 1).transpose(1, 2)
+        return self.batched(x[self.index(x.device)])
+
+    def batched(self, packed: Tensor) -> Tensor:
+        """Turn (T, h, …) into (n, h, L, …) if all lengths are equal."""
+        return packed.unflatten(0, (len(self.lengths), -1)).transpose(1, 2) if self.equal_lengths else packed
+
+    def packed(self, batched: Tensor) -> Tensor:
+        """The inverse of :meth:`batched`."""
+        return batched.transpose(1, 2).flatten(0, 1) if self.equal_lengths else batched
+
+
+@dataclass(eq=False)
+class Call:
+    """One kernel call.
+
+    Attributes:
+        is_first: Whether no earlier call has queries in common with this one.
+    """
+
+    query: Selection
+    key: Selection
+    is_causal: bool
+    is_first: bool
+    _lengths: dict[torch.device, PackedLengths] = field(default_factory=dict)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its sequences have different lengths."""
+        return not (self.query.equal_lengths and self.key.equal_lengths)
+
+    def packed_lengths(self, device: torch.device) -> PackedLengths:
+        """Cumulative lengths for a kernel that takes sequences side by side."""
+        if device not in self._lengths:
+            sides = (self.query.lengths, self.key.lengths)
+            starts = [torch.from_numpy(np.append(0, np.cumsum(side)).astype(np.int32)).to(device) for side in sides]
+            self._lengths[device] = PackedLengths(*starts, *(int(side.max()) for side in sides))
+        return self._lengths[device]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The kernel calls of a pattern on a batch, in the order in which they merge."""
+
+    calls: tuple[Call, ...]
+    _tables: dict[Any, Any] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=PLANS_KEPT)
+def make_plan(pattern: Pattern, documents: Documents, heads: int, kv_heads: int, is_causal: bool, packs: bool) -> Plan:
+    """Plan the kernel calls of a pattern.
+
+    Args:
+        pattern: Who attends to whom.
+        documents: Where the documents of the batch lie.
+        heads: Query heads H.
+        kv_heads: Key-value heads G.
+        is_causal: Whether tokens see only earlier ones.
+        packs: Whether one call can hold sequences of different lengths.
+    """
+    calls: list[Call] = []
+    for depth, level in enumerate(pattern.levels(documents, heads, kv_heads, is_causal)):
+        calls += _lower(level, documents, heads // kv_heads, packs, is_first=depth == 0)
+    return Plan(tuple(calls))
+
+
+@dataclass
+class _Group:
+    """Partials of one head class and one size."""
+
+    heads: tuple[int, ...]
+    key_heads: tuple[int, ...]
+    query: Spans
+    key: Spans
+    is_causal: bool
+
+
+def _lower(level: Level, documents: Documents, repeats: int, packs: bool, is_first: bool) -> Iterator[Call]:
+    gathered: dict[Any, list[_Group]] = defaultdict(list)
+    for group in _groups(level, repeats):
+        query = _view(group.query, group.heads, documents.rows, documents.queries)
+        key = _view(group.key, group.key_heads, documents.rows, documents.keys)
+        if query and key:
+            sides = _selection([group], documents, query, key)
+            yield Call(*sides, group.is_causal, is_first)
+        else:
+            size = int(group.query.count[0]), int(group.key.count[0])
+            gathered[group.is_causal, len(group.heads), len(group.key_heads), size].append(group)
+    if packs:
+        gathered = _pack(gathered)
+    for (is_causal, *_), groups in gathered.items():
+        yield Call(*_selection(groups, documents), is_causal, is_first)
+
+
+def _groups(level: Level, repeats: int) -> Iterator[_Group]:
+    for part in level:
+        key_heads = _key_heads(part.heads, repeats)
+        sizes = np.stack([part.query.count, part.key.count], 1)
+        distinct, which = np.unique(sizes, axis=0, return_inverse=True)
+        for number in range(len(distinct)):
+            chosen = np.flatnonzero(which.reshape(-1) == number)
+            yield _Group(part.heads, key_heads, part.query[chosen], part.key[chosen], part.is_causal)
+
+
+def _key_heads(heads: tuple[int, ...], repeats: int) -> tuple[int, ...]:
+    """Key-value heads of some query heads, each named once if the query heads divide evenly among them."""
+    named = tuple(head // repeats for head in heads)
+    distinct = tuple(sorted(set(named)))
+    share = len(heads) // len(distinct)
+    return distinct if named == tuple(head for head in distinct for _ in range(share)) else named
+
+
+def _pack(gathered: dict[Any, list[_Group]]) -> dict[Any, list[_Group]]:
+    packed: dict[Any, list[_Group]] = defaultdict(list)
+    for (is_causal, heads, key_heads, _), groups in gathered.items():
+        packed[is_causal, heads, key_heads] += groups
+    return packed
+
+
+def _view(spans: Spans, heads: tuple[int, ...], rows: int, length: int) -> View | None:
+    """Describe equally long spans as a strided view, if they repeat in every row at regular distances."""
+    steps = set(np.diff(heads).tolist()) or {1}
+    if not 0 < spans.step <= LARGEST_VIEWED_RATE or len(steps) > 1 or min(steps) < 1 or len(spans.start) % rows:
+        return None
+    start = np.sort(spans.start).reshape(rows, -1)
+    distances = np.diff(start[0])
+    regular = (start == start[0] + np.arange(rows)[:, None] * length).all() and (distances == distances[:1]).all()
+    if not regular or not np.array_equal(start.reshape(-1), spans.start):
+        return None
+    return View(
+        rows=rows,
+        segments=start.shape[1],
+        count=int(spans.count[0]),
+        first=int(start[0, 0]),
+        segment_step=int(distances[0]) if len(distances) else 1,
+        step=spans.step,
+        heads=range(heads[0], heads[-1] + 1, steps.pop()),
+    )
+
+
+def _selection(
+    groups: list[_Group], documents: Documents, query: View | None = None, key: View | None = None
+) -> tuple[Selection, Selection]:
+    return (
+        _side([(g.query, g.heads) for g in groups], documents.queries, query),
+        _side([(g.key, g.key_heads) for g in groups], documents.keys, key),
+    )
+
+
+def _side(spans: Iterable[tuple[Spans, tuple[int, ...]]], length: int, view: View | None) -> Selection:
+    classes: dict[tuple[int, ...], int] = {}
+    tokens, head_class, lengths = [], [], []
+    for span, heads in spans:
+        within = np.arange(span.count.sum()) - np.repeat(np.cumsum(span.count) - span.count, span.count)
+        tokens.append(np.repeat(span.start, span.count) + within * span.step)
+        head_class.append(np.full(len(within), classes.setdefault(heads, len(classes))))
+        lengths.append(span.count)
+    return Selection(
+        tokens=np.concatenate(tokens),
+        heads=np.array(list(classes)),
+        head_class=np.concatenate(head_class),
+        lengths=np.concatenate(lengths),
+        length=length,
+        view=view,
+    )

@@ -1,0 +1,111 @@
+"""Partial attentions: the language in which a pattern says who attends to whom.
+
+A partial is dense: its queries and keys are arithmetic progressions of tokens, and every query sees every
+key, or (causal) query ``i`` sees the keys ``0 … i``. Partials merge exactly by their log-sum-exp.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from hf_dilated.patterns.documents import Documents, Integers
+
+
+@dataclass(frozen=True)
+class Spans:
+    """``n`` arithmetic progressions of flat token indices, all with the same step, which may be negative."""
+
+    start: Integers  # (n,)
+    count: Integers  # (n,)
+    step: int
+
+    def __getitem__(self, chosen: Integers) -> "Spans":
+        return Spans(self.start[chosen], self.count[chosen], self.step)
+
+    def slice(self, first: Integers, count: Integers) -> "Spans":
+        """Elements ``first … first + count`` of every progression."""
+        return Spans(self.start + first * self.step, count, self.step)
+
+
+@dataclass(frozen=True)
+class Partials:
+    """``n`` partial attentions of the same heads; each query and each key appears in at most one of them."""
+
+    heads: tuple[int, ...]
+    query: Spans
+    key: Spans
+    is_causal: bool
+
+    def __post_init__(self) -> None:
+        if self.is_causal:
+            assert np.array_equal(self.query.count, self.key.count), "a causal partial is square"
+
+
+# Partials of one level have disjoint queries and disjoint keys (a query being a token and a head).
+Level = list[Partials]
+
+
+class Pattern(Protocol):
+    """A rule for who attends to whom."""
+
+    @property
+    def spec(self) -> str:
+        """The pattern as text, the inverse of :func:`hf_dilated.patterns.parse`."""
+        ...
+
+    def is_dense(self, length: int) -> bool:
+        """Whether a document of a length sees all of itself."""
+        ...
+
+    def levels(self, documents: Documents, heads: int, kv_heads: int, is_causal: bool) -> list[Level]:
+        """List the partial attentions, level by level."""
+        ...
+
+    def visible(self, position: Tensor, keys: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """List the positions (B, H or 1, K) that a causal query at position (B,) sees.
+
+        The second result is False where an entry is none; an entry may stand for a key several times.
+        Runs on the device without synchronising. ``keys`` is the number of key slots.
+        """
+        ...
+
+
+def rectangle(heads: Sequence[int], query: Spans, key: Spans) -> list[Level]:
+    """Every query sees every key of its progression; empty ones are left out."""
+    kept = np.flatnonzero((query.count > 0) & (key.count > 0))
+    if not len(kept):
+        return []
+    return [[Partials(tuple(heads), query[kept], key[kept], is_causal=False)]]
+
+
+def staircase(heads: Sequence[int], query: Spans, key: Spans, offset: Integers) -> list[Level]:
+    """Query ``i`` sees the keys ``0 … i + offset``: a rectangle of ``offset`` keys and a causal square.
+
+    With a negative offset the first queries see nothing. Keys beyond the last query's are not seen.
+    """
+    skipped = np.clip(-offset, 0, query.count)
+    query = query.slice(skipped, query.count - skipped)
+    offset = np.clip(offset, 0, key.count)
+    side = np.minimum(query.count, key.count - offset)
+    square = np.flatnonzero(side > 0)
+    below = rectangle(heads, query, key.slice(np.zeros_like(offset), offset))
+    if not len(square):
+        return below
+    diagonal = Partials(
+        tuple(heads),
+        query.slice(np.zeros_like(side), side)[square],
+        key.slice(offset, side)[square],
+        is_causal=True,
+    )
+    # queries past the end of the keys see all of them
+    beyond = rectangle(heads, query.slice(side, query.count - side), key.slice(offset, side))
+    return [[diagonal], *below, *beyond]
+
+
+def merge_levels(per_class: Sequence[list[Level]]) -> list[Level]:
+    """Put side by side the levels of head classes, whose heads are disjoint."""
+    depth = max((len(levels) for levels in per_class), default=0)
+    return [[part for levels in per_class if i < len(levels) for part in levels[i]] for i in range(depth)]
