@@ -1,0 +1,164 @@
+"""``config.hf_dilated``: backend and pattern live in a model's ``config.json``.
+
+Transformers never saves ``attn_implementation``. Here a configuration that runs one of our backends, or that was
+told to, writes three things: the backend and its pattern under ``hf_dilated``, and the key ``attn_implementation``,
+which Transformers obeys when it loads a model, so that a program without this package stops and names the backend.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_dilated.config import ConfigError, DilatedConfig, StoredConfig
+
+BACKENDS = ("dilated",)
+FIELD = "hf_dilated"
+PATTERN_KEYS = frozenset(field.name for field in dataclasses.fields(DilatedConfig))
+STORED_KEYS = frozenset(field.name for field in dataclasses.fields(StoredConfig)) | {"version"}
+
+
+class StoredField:
+    """The attribute ``hf_dilated`` of every Transformers configuration.
+
+    It takes a ``DilatedConfig``, a ``StoredConfig`` or the dictionary of either, checks it, and reads back as the
+    plain dictionary that is saved, or None. Of a multimodal configuration it is the text part's. A backend named in
+    it is selected unless the caller has named one; a pattern alone stands for ``attn_implementation="dilated"``.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig()
+        >>> config.hf_dilated = DilatedConfig(segment_lengths=(512, 1024), dilation_rates=(1, 2))
+        >>> config.hf_dilated["attn_implementation"]
+        'dilated'
+        >>> config.hf_dilated = {"dilated": {"segment_lengths": [512], "dilation_rate": [1]}}
+        Traceback (most recent call last):
+        ...
+        hf_dilated.config.ConfigError: DilatedConfig: unknown 'dilation_rate'; known are segment_lengths, ...
+    """
+
+    def __get__(self, config: Any, owner: type | None = None) -> Any:
+        return self if config is None else vars(_holder(config)).get(FIELD)
+
+    def __set__(self, config: Any, value: Any) -> None:
+        holder = _holder(config)
+        if value is None:
+            vars(holder).pop(FIELD, None)
+            return
+        stored = _parse(value, stored_config(config))
+        vars(holder)[FIELD] = stored.to_dict()
+        if stored.attn_implementation and holder._attn_implementation is None:
+            holder._attn_implementation = stored.attn_implementation
+
+    def __delete__(self, config: Any) -> None:
+        vars(_holder(config)).pop(FIELD, None)
+
+
+def stored_config(config: Any) -> StoredConfig:
+    """Return what ``config.hf_dilated`` holds, checked; an empty ``StoredConfig`` where nothing is stored.
+
+    Raises:
+        ConfigError: If the dictionary was changed into something that cannot be run.
+    """
+    value = vars(_holder(config)).get(FIELD)
+    return StoredConfig() if value is None else StoredConfig.from_dict(value)
+
+
+def install() -> None:
+    """Give every Transformers configuration the attribute ``hf_dilated`` and let it be saved. Safe to repeat."""
+    if isinstance(vars(PreTrainedConfig).get(FIELD), StoredField):
+        return
+    PreTrainedConfig.hf_dilated = StoredField()
+    PreTrainedConfig.to_dict = _saving(PreTrainedConfig.to_dict)
+
+
+def _holder(config: Any) -> Any:
+    """The configuration that attention modules read: of a multimodal model the text part."""
+    if not config.sub_configs:
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise ConfigError(
+            f"hf_dilated: {type(config).__name__} has several text parts; set it on the one that is meant, "
+            f"one of {', '.join(config.sub_configs)}"
+        ) from error
+
+
+def _holds_itself(config: Any) -> bool:
+    try:
+        return _holder(config) is config
+    except ConfigError:
+        return False
+
+
+def _parse(value: Any, current: StoredConfig) -> StoredConfig:
+    if isinstance(value, StoredConfig):
+        stored = value
+    elif isinstance(value, DilatedConfig):
+        stored = _with_pattern(value, current)
+    elif isinstance(value, Mapping) and PATTERN_KEYS & set(value) and not STORED_KEYS & set(value):
+        stored = _with_pattern(DilatedConfig.from_dict(value), current)
+    else:
+        stored = StoredConfig.from_dict(value)
+    if stored.attn_implementation not in (None, *BACKENDS):
+        raise ConfigError(
+            f"attn_implementation: this hf_dilated has no backend {stored.attn_implementation!r}; it has "
+            f"{', '.join(map(repr, BACKENDS))}. A newer one may have it: `pip install -U hf_dilated`"
+        )
+    return stored
+
+
+def _with_pattern(pattern: DilatedConfig, current: StoredConfig) -> StoredConfig:
+    backend = current.attn_implementation or "dilated"
+    return dataclasses.replace(current, attn_implementation=backend, dilated=pattern)
+
+
+def _saving(to_dict: Any) -> Any:
+    @functools.wraps(to_dict)
+    def wrapper(config: Any) -> dict[str, Any]:
+        values = to_dict(config)
+        own = config._attn_implementation if config._attn_implementation in BACKENDS else None
+        if FIELD in vars(config) or (own and _holds_itself(config)):
+            stored = _to_save(config, own)
+            values[FIELD] = stored.to_dict()
+            own = stored.attn_implementation
+        if backend := _backends(own, {name: values.get(name) for name in config.sub_configs}):
+            values["attn_implementation"] = backend
+        return values
+
+    return wrapper
+
+
+def _to_save(config: Any, running: str | None) -> StoredConfig:
+    """The backend that runs and its pattern, else what the configuration was given."""
+    stored = stored_config(config)
+    if running is None:
+        return stored
+    pattern = stored.dilated or _default_pattern(config)
+    return dataclasses.replace(stored, attn_implementation=running, dilated=pattern)
+
+
+def _default_pattern(config: Any) -> DilatedConfig | None:
+    """The pattern that runs where none was chosen; None where none can be chosen, so that none ever ran."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return DilatedConfig.from_model_config(config)
+        except ConfigError:
+            return None
+
+
+def _backends(own: str | None, parts: dict[str, Any]) -> str | dict[str, Any] | None:
+    """The value of ``attn_implementation`` that selects the same backends again, in the form Transformers takes."""
+    named = {
+        name: part["attn_implementation"]
+        for name, part in parts.items()
+        if isinstance(part, Mapping) and "attn_implementation" in part
+    }
+    if not named:
+        return own
+    return ({"": own} if own else {}) | named
