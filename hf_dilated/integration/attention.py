@@ -1,0 +1,159 @@
+"""The attention function that Transformers calls in every layer."""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_dilated.config import DilatedConfig
+from hf_dilated.functional import attend
+from hf_dilated.integration.layers import module_pattern
+from hf_dilated.integration.support import UnsupportedError
+from hf_dilated.patterns import DensePattern, DilatedPattern
+
+# Arguments that pass through a model's layers and mean nothing to attention.
+WITHOUT_MEANING = frozenset(
+    {
+        "cache_position",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+REASONS = {
+    "cache": "continuous batching keeps keys in pages; use generate()",
+    "position_bias": "a bias for every pair of tokens is dense attention",
+    "output_attentions": "attention weights are never computed",
+    "cu_seq_lens_q": "pass documents as position_ids, without return_flash_attn_kwargs",
+}
+
+
+def dilated_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend with the pattern of the module's layer; registered with Transformers as ``"dilated"``.
+
+    Args:
+        module: The attention module; its ``config`` holds the pattern, its ``layer_idx`` tells the layer.
+        query: (B, H, N, D).
+        key: (B, G, M, D); query head h reads head ``h // (H / G)``.
+        value: (B, G, M, Dv).
+        attention_mask: What :func:`hf_dilated.integration.masks.position_mask` returned.
+        is_causal: None takes the module's own.
+        sliding_window: The layer's window; the layer stays dense within it.
+        s_aux: (H,) learned sink logits.
+
+    Returns:
+        Output (B, N, H, Dv), and None for the attention weights.
+
+    Raises:
+        UnsupportedError: For every argument that cannot be honoured exactly.
+    """
+    _check_options(module, dropout, softcap, options)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    key_positions = _key_positions(module, query, key, attention_mask, is_causal)
+    stored = repr(getattr(module.config, "hf_dilated", None))
+    pattern = module_pattern(module, getattr(module, "layer_idx", None), sliding_window, stored)
+    _warn_if_long(pattern, key.shape[2], key_positions)
+    query, key, value = _autocast(query, key, value)
+    output = attend(
+        query,
+        key,
+        value,
+        pattern,
+        is_causal=is_causal,
+        scale=scaling,
+        key_positions=key_positions,
+        sink_logits=s_aux,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _check_options(module: nn.Module, dropout: float, softcap: float | None, options: dict[str, Any]) -> None:
+    if dropout and module.training:
+        raise UnsupportedError(
+            f"dropout={dropout}: attention dropout is not supported; set config.attention_dropout (or "
+            "attention_probs_dropout_prob, attn_pdrop) to 0.0, other dropout may stay"
+        )
+    if softcap is not None:
+        raise UnsupportedError(
+            f"softcap={softcap}: capped attention logits are not supported; set config.attn_logit_softcapping=None "
+            'if the model bears it, or use attn_implementation="eager"'
+        )
+    for name, value in options.items():
+        if name not in WITHOUT_MEANING and value is not None and value is not False:
+            reason = REASONS.get(name, "the backend does not know this argument")
+            raise UnsupportedError(f'{name}: {reason}. Use attn_implementation="sdpa" or "eager" for this model')
+
+
+def _key_positions(
+    module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, is_causal: bool
+) -> Tensor | None:
+    B, N, M = query.shape[0], query.shape[2], key.shape[2]
+    config = module.config
+    crosses = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
+    if crosses or (N != M and not is_causal) or N > M:
+        raise UnsupportedError(
+            f"{type(module).__name__} attends with {N} queries to {M} keys of another sequence: cross-attention is not "
+            'supported. Use attn_implementation="sdpa"'
+        )
+    if attention_mask is None:
+        return None
+    ours = attention_mask.ndim == 4 and attention_mask.dtype == torch.int64 and attention_mask.shape[1:3] == (1, 1)
+    if not ours:
+        raise UnsupportedError(
+            f"attention_mask is a {attention_mask.dtype} tensor of shape {tuple(attention_mask.shape)}: a mask for "
+            "pairs of tokens is dense attention. Pass the padding mask (batch, tokens), or documents as position_ids"
+        )
+    if attention_mask.shape[3] != M or attention_mask.shape[0] not in (1, B):
+        raise UnsupportedError(
+            f"attention_mask covers {attention_mask.shape[0]} rows of {attention_mask.shape[3]} keys, but "
+            f"{type(module).__name__} has {B} of {M}; something has lengthened the keys behind the mask"
+        )
+    return attention_mask[:, 0, 0].expand(B, M)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
+
+
+def _warn_if_long(pattern: DilatedPattern | DensePattern, slots: int, key_positions: Tensor | None) -> None:
+    if torch.compiler.is_compiling() or isinstance(pattern, DensePattern):
+        return
+    longest = pattern.config.sink_tokens + pattern.config.segment_lengths[-1]
+    if slots <= longest or (key_positions is not None and key_positions.device.type != "cpu"):
+        return
+    if key_positions is None or int(key_positions.max()) >= longest:
+        _warn_of_length(pattern.config)
+
+
+@functools.cache
+def _warn_of_length(config: DilatedConfig) -> None:
+    """Warn once for every pattern."""
+    warnings.warn(
+        f"the input is longer than the longest segment, {config.segment_lengths[-1]} tokens: tokens further apart than "
+        "that never see each other. Choose the pattern with DilatedConfig.from_model_config(config, max_length=…)",
+        stacklevel=2,
+    )

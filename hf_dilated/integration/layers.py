@@ -1,0 +1,124 @@
+"""Which pattern a layer of a model runs."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from hf_dilated.config import ConfigError, DilatedConfig, StoredConfig
+from hf_dilated.integration.support import UnsupportedError
+from hf_dilated.patterns import DensePattern, DilatedPattern
+
+# Names of layers, in a configuration's ``layer_types``, that attend to the whole document.
+ATTENDING = frozenset({"full_attention", "attention", "hybrid"})
+WINDOWED = frozenset({"sliding_attention", "hybrid_sliding"})
+
+
+def dilated_config(config: Any) -> DilatedConfig:
+    """Return the pattern that ``config.hf_dilated`` holds, or else the one that suits the model's length.
+
+    Raises:
+        ConfigError: If nothing is stored and the configuration does not say how long its inputs may be.
+    """
+    stored = getattr(config, "hf_dilated", None)
+    if stored is not None and (pattern := StoredConfig.from_dict(stored).dilated) is not None:
+        return pattern
+    try:
+        return DilatedConfig.from_model_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or set config.hf_dilated = DilatedConfig(segment_lengths=…, …)") from error
+
+
+def layer_pattern(config: Any, layer_idx: int | None, sliding_window: int | None) -> DilatedPattern | DensePattern:
+    """Return the pattern of one layer.
+
+    Args:
+        config: The configuration that the layer's module holds.
+        layer_idx: The module's index, or None if it does not know it.
+        sliding_window: The layer's own window; it is kept, and the layer is dense within it.
+
+    Raises:
+        UnsupportedError: If the pattern differs between layers and the layer does not know its index, or if
+            windows leave no layer that would run the pattern.
+        ConfigError: If the model's pattern is malformed.
+
+    Example:
+        >>> from transformers import Qwen3NextConfig
+        >>> config = Qwen3NextConfig(layer_types=["linear_attention", "full_attention"] * 2, num_hidden_layers=4)
+        >>> layer_pattern(config, 3, None).layer
+        1
+    """
+    types = getattr(config, "layer_types", None)
+    if sliding_window is not None:
+        return _windowed_pattern(config, types, sliding_window)
+    _check_window_is_known(config, types, layer_idx)
+    pattern = dilated_config(config)
+    if not pattern.depends_on_layer:
+        return DilatedPattern(config=pattern)
+    if layer_idx is None:
+        raise UnsupportedError(
+            f"the attention layers of {type(config).__name__} do not know their index, but phase, rotate and "
+            'dense_layers differ between layers; use phase="none", rotate=False and dense_layers=()'
+        )
+    if layer_idx in pattern.dense_layers:
+        return DensePattern()
+    return DilatedPattern(config=pattern, layer=ordinal(config, layer_idx, pattern.dense_layers))
+
+
+def ordinal(config: Any, layer_idx: int, dense_layers: tuple[int, ...] = ()) -> int:
+    """Count the layers before ``layer_idx`` that run the pattern.
+
+    Raises:
+        UnsupportedError: If the configuration's ``layer_types`` do not say that this layer attends to everything.
+    """
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return layer_idx - sum(layer < layer_idx for layer in dense_layers)
+    if layer_idx >= len(types) or types[layer_idx] not in ATTENDING:
+        kind = repr(types[layer_idx]) if layer_idx < len(types) else "missing"
+        raise UnsupportedError(
+            f"layer_types: layer {layer_idx} of {type(config).__name__} is {kind}, so the layers that run the pattern "
+            'cannot be counted; use phase="none" and rotate=False'
+        )
+    return sum(types[layer] in ATTENDING and layer not in dense_layers for layer in range(layer_idx))
+
+
+def _windowed_pattern(config: Any, types: list[str] | None, sliding_window: int) -> DensePattern:
+    if types is None or not ATTENDING.intersection(types):
+        raise UnsupportedError(
+            f"sliding_window={sliding_window}: every layer of {type(config).__name__} has a window, so none would run "
+            'the pattern; set config.sliding_window=None, or use attn_implementation="sdpa"'
+        )
+    if sliding_window < 1:
+        raise UnsupportedError(f"sliding_window={sliding_window}: expected at least one token")
+    return DensePattern(window=sliding_window)
+
+
+def _check_window_is_known(config: Any, types: list[str] | None, layer_idx: int | None) -> None:
+    """A window that the model puts into its masks alone would be lost."""
+    if types is None or layer_idx is None or layer_idx >= len(types):
+        hidden = types is None and getattr(config, "sliding_window", None)
+        hidden = hidden if getattr(config, "use_sliding_window", True) else None
+    else:
+        hidden = types[layer_idx] in WINDOWED
+    if hidden:
+        raise UnsupportedError(
+            f"{type(config).__name__} has a sliding_window but does not pass it to the attention function; "
+            'set config.sliding_window=None, or use attn_implementation="sdpa"'
+        )
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, DilatedPattern | DensePattern]] = WeakKeyDictionary()
+
+
+@torch._dynamo.assume_constant_result
+def module_pattern(
+    module: nn.Module, layer_idx: int | None, sliding_window: int | None, stored: str
+) -> DilatedPattern | DensePattern:
+    """Return the pattern of a module; ``stored``, the text of its ``config.hf_dilated``, dates the answer."""
+    key = (layer_idx, sliding_window, stored)
+    known = _KNOWN.get(module)
+    if known is None or known[0] != key:
+        known = _KNOWN[module] = key, layer_pattern(module.config, layer_idx, sliding_window)
+    return known[1]

@@ -1,0 +1,54 @@
+"""Which models let their attention be replaced, and the error for everything that cannot be done exactly."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+class UnsupportedError(ValueError):
+    """Something that the backend cannot compute exactly; the message names it and the way out."""
+
+
+def check_model(config: Any) -> None:
+    """Refuse configurations whose models do not hand all of their attention to the backend.
+
+    Raises:
+        UnsupportedError: For encoder-decoders, cross-attention and models that bypass the attention interface.
+    """
+    for option in ("is_encoder_decoder", "add_cross_attention"):
+        if getattr(config, option, False):
+            raise UnsupportedError(
+                f"{type(config).__name__} has {option}=True: cross-attention has no positions that a pattern could "
+                'use. Load this model with attn_implementation="sdpa"'
+            )
+    if not uses_attention_interface(type(config)):
+        raise UnsupportedError(
+            f"the model of {type(config).__name__} computes its attention itself and would ignore this backend. "
+            'Load it with attn_implementation="eager" or "sdpa"'
+        )
+
+
+@torch._dynamo.assume_constant_result
+@functools.cache
+def uses_attention_interface(config_class: type) -> bool:
+    """Whether the loaded model classes of a configuration class call Transformers' attention interface.
+
+    Models that do not (Bloom, CodeGen, XGLM, DeBERTa, MPNet, …) accept the name of any backend in silence.
+
+    Example:
+        >>> from transformers import BloomConfig, BloomModel, LlamaConfig, LlamaModel
+        >>> uses_attention_interface(LlamaConfig), uses_attention_interface(BloomConfig)
+        (True, False)
+    """
+    classes = [model for model in _model_classes(PreTrainedModel) if model.config_class is config_class]
+    bases = [model for model in classes if PreTrainedModel in model.__bases__]
+    return any(model._can_set_attn_implementation() for model in bases or classes)
+
+
+def _model_classes(base: type[PreTrainedModel]) -> Iterator[type[PreTrainedModel]]:
+    for model in base.__subclasses__():
+        yield model
+        yield from _model_classes(model)
