@@ -1,0 +1,380 @@
+"""Train the small decoder that the quickstart reads with, at 2,048 tokens, on Python's standard library.
+
+    python scripts/train_base.py --output model_cards/pystdlib-4m
+
+It takes about three minutes on one H100 and writes the model, its tokenizer, the log and the card. A file
+of the library is held out when a hash of its relative path says so: the same files in every release.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import random
+import sysconfig
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tokenizers
+import torch
+import transformers
+import typer
+from huggingface_hub import ModelCard, ModelCardData
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+NOT_READ = {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # other projects; generated tables
+HELD_OUT_SHARE = 10
+DOCUMENT = "<|document|>"
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides the result, apart from the text."""
+
+    steps: int = 1200
+    rows: int = 64
+    length: int = 2048
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    vocabulary: int = 3072
+    hidden: int = 256
+    layers: int = 5
+    held_out_rows: int = 256
+    seed: int = 0
+
+
+def read_library(folder: Path = STANDARD_LIBRARY) -> dict[str, str]:
+    """Return the text of every UTF-8 source file under ``folder`` by its relative path, in order of the paths."""
+    texts = {}
+    for path in folder.rglob("*.py"):
+        relative = path.relative_to(folder)
+        if NOT_READ.intersection(relative.parts) or path.name.startswith("_sysconfigdata"):
+            continue
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text.strip():
+            texts[relative.as_posix()] = text
+    return dict(sorted(texts.items()))
+
+
+def is_held_out(relative_path: str) -> bool:
+    """Whether the file at this path (relative to the library, with forward slashes) is never trained on.
+
+    Example:
+        >>> is_held_out("ast.py"), is_held_out("typing.py")
+        (True, False)
+    """
+    return int(hashlib.sha256(relative_path.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
+
+
+def train_tokenizer(texts: Iterable[str], settings: Settings) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer that begins every text with one document token."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocabulary,
+        special_tokens=[DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{DOCUMENT} $A", special_tokens=[(DOCUMENT, 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=DOCUMENT, eos_token=DOCUMENT, model_max_length=settings.length
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[Tensor]:
+    """Return one 1-D tensor a text: a document token, the text, a document token."""
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts))
+    return [torch.tensor([*encoding.ids, tokenizer.eos_token_id]) for encoding in encodings]
+
+
+def pack(documents: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Lay documents end to end and cut them into rows.
+
+    Returns:
+        Tokens and positions, both (rows, length). Positions start at 0 with every document and every row;
+        attention stays inside a document because of them. What does not fill a row is left out.
+    """
+    tokens = torch.cat(documents)
+    positions = torch.cat([torch.arange(len(document), device=tokens.device) for document in documents])
+    rows = len(tokens) // length
+    tokens, positions = (x[: rows * length].view(rows, length) for x in (tokens, positions))
+    return tokens, positions.minimum(torch.arange(length, device=tokens.device))
+
+
+def batches(documents: list[Tensor], settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield packed batches without end; each epoch shuffles the documents, which also moves the cuts."""
+    shuffler = random.Random(settings.seed)
+    while True:
+        documents = shuffler.sample(documents, len(documents))
+        tokens, positions = pack(documents, settings.length)
+        order = torch.tensor(shuffler.sample(range(len(tokens)), len(tokens)), device=tokens.device)
+        for chosen in order.split(settings.rows):
+            if len(chosen) == min(settings.rows, len(tokens)):
+                yield tokens[chosen], positions[chosen]
+
+
+def sample_rows(documents: list[Tensor], settings: Settings) -> tuple[Tensor, Tensor]:
+    """Return ``held_out_rows`` packed rows of the documents (all, if there are fewer), always the same."""
+    tokens, positions = pack(documents, settings.length)
+    order = random.Random(settings.seed).sample(range(len(tokens)), min(settings.held_out_rows, len(tokens)))
+    return tokens[order], positions[order]
+
+
+def build_model(settings: Settings) -> LlamaForCausalLM:
+    """Return an untrained Llama with eight heads."""
+    config = LlamaConfig(
+        vocab_size=settings.vocabulary,
+        hidden_size=settings.hidden,
+        intermediate_size=2 * settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=settings.length,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def token_losses(model: LlamaForCausalLM, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Return the loss in nats of each next token, (rows, length - 1); 0 where a document ends."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, :-1]
+    targets = tokens[:, 1:].masked_fill(positions[:, 1:] == 0, IGNORED)
+    losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(targets)
+
+
+@torch.no_grad()
+def evaluate(model: LlamaForCausalLM, tokens: Tensor, positions: Tensor, rows: int) -> tuple[float, Tensor]:
+    """Return the mean loss of all rows, and the mean loss by position in the row, (length - 1,)."""
+    parts = zip(tokens.split(rows), positions.split(rows), strict=True)
+    losses = torch.cat([token_losses(model, *part) for part in parts])
+    counted = positions[:, 1:] != 0
+    return (losses.sum() / counted.sum()).item(), losses.sum(0) / counted.sum(0).clamp(min=1)
+
+
+def make_optimizer(model: LlamaForCausalLM, settings: Settings) -> torch.optim.Optimizer:
+    """Return AdamW that decays matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=model.device.type == "cuda")
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Rise linearly over the first twentieth of the steps, then fall along a cosine to zero."""
+    warmup = max(1, settings.steps // 20)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
+
+
+def train(
+    model: LlamaForCausalLM, documents: list[Tensor], held_out: tuple[Tensor, Tensor], settings: Settings, log: Path
+) -> None:
+    """Train ``model`` in place and write one JSON line to ``log`` every fiftieth of the steps."""
+    optimizer = make_optimizer(model, settings)
+    report_every = max(1, settings.steps // 50)
+    losses: list[Tensor] = []
+    tokens_since, since = 0, time.perf_counter()
+    with log.open("w") as lines:
+        for step, batch in zip(range(settings.steps), batches(documents, settings), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, settings)
+            loss = token_losses(model, *batch).sum() / (batch[1][:, 1:] != 0).sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            tokens_since += batch[0].numel()
+            if (step + 1) % report_every == 0 or step + 1 == settings.steps:
+                mean = torch.stack(losses).mean().item()  # waits for the device
+                speed = tokens_since / (time.perf_counter() - since)
+                held_out_loss, _ = evaluate(model, *held_out, settings.rows)
+                row = {"step": step + 1, "loss": mean, "held_out_loss": held_out_loss, "tokens_per_second": speed}
+                lines.write(json.dumps({name: round(value, 4) for name, value in row.items()}) + "\n")
+                lines.flush()
+                typer.echo(f"step {step + 1:5}  loss {mean:.4f}  held out {held_out_loss:.4f}  {speed:,.0f} tokens/s")
+                losses, tokens_since, since = [], 0, time.perf_counter()
+
+
+def perplexity_by_position(losses: Tensor) -> dict[str, float]:
+    """Return the perplexity of ever later positions in a row, from the mean loss by position, (length - 1,)."""
+    edges = [1, *(edge for edge in (128, 512, 1024) if edge < len(losses)), len(losses) + 1]
+    return {f"{a}–{b - 1}": losses[a - 1 : b - 1].mean().exp().item() for a, b in zip(edges, edges[1:], strict=False)}
+
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A Llama of {{ "{:,}".format(parameters) }} parameters that continues Python source code. It exists to try attention
+backends on: small enough to ship and to read long files on a laptop, trained on text that every machine with Python
+has. It is not a coding assistant.
+
+## Use
+
+```python
+import hf_dilated  # registers attn_implementation="dilated"
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("model_cards/{{ name }}")
+model = AutoModelForCausalLM.from_pretrained("model_cards/{{ name }}", attn_implementation="dilated")
+```
+
+`python scripts/quickstart.py` reads long files with it, and measures what that costs and how well it works.
+
+## Training
+
+`python scripts/train_base.py --output model_cards/{{ name }}` on {{ device }} (torch {{ torch }}, Transformers
+{{ transformers }}): {{ "{:,}".format(steps) }} steps of {{ "{:,}".format(tokens_per_step) }} tokens in
+{{ "%.0f"|format(seconds) }} s, AdamW, learning rate {{ learning_rate }} with a cosine, bfloat16 autocast on a GPU,
+weights stored in bfloat16. `training.jsonl` is the log.
+
+- Text: the sources of {{ library }} as installed, {{ "{:,}".format(training_files) }} files with
+  {{ "{:,}".format(training_tokens) }} tokens for training ({{ "%.1f"|format(epochs) }} epochs), and
+  {{ "{:,}".format(held_out_files) }} files with {{ "{:,}".format(held_out_tokens) }} tokens held out. A file is held out
+  when a hash of its relative path says so (`is_held_out`).
+- Documents are packed into rows of {{ "{:,}".format(length) }} tokens; attention does not cross from one document to
+  the next.
+- Architecture: {{ layers }} layers, hidden size {{ hidden }}, 8 query and 4 key-value heads, RoPE, tied embeddings, a byte-level
+  BPE tokenizer of {{ "{:,}".format(vocabulary) }} tokens trained on the training files.
+- The GPU kernels do not add in a fixed order, so a second run gives the same curve, not the same bits.
+
+## Evaluation
+
+Held-out files, {{ held_out_rows }} rows of {{ "{:,}".format(length) }} tokens, the stored bfloat16 weights: loss
+{{ "%.3f"|format(held_out_loss) }} nats a token, perplexity {{ "%.2f"|format(held_out_perplexity) }},
+{{ "%.3f"|format(bits_per_byte) }} bits a byte (training loss at the end: {{ "%.3f"|format(training_loss) }}).
+
+| position in the row | perplexity |
+|---|---|
+{% for position, perplexity in by_position.items() %}| {{ position }} | {{ "%.2f"|format(perplexity) }} |
+{% endfor %}
+{% if long_documents %}{{ long_documents }}
+{% endif %}
+## Limits
+
+- Made for {{ "{:,}".format(length) }} tokens. Beyond them it needs an extension of its positions, and then reads only as
+  well as measured{% if long_documents %} above{% endif %}.
+- Knows the standard library's style and little else; what it writes is often wrong and never checked.
+- Some held-out files have near relatives among the training files (a module and its tests), as in any library.
+
+## Licence
+
+The weights are under Apache-2.0. The training text is Python's standard library, under the PSF licence; none of it is
+part of this folder.
+"""
+
+
+def write_card(folder: Path, long_documents: str = "") -> None:
+    """Write ``README.md`` from the summary in ``training.jsonl``, and a section on long documents if there is one."""
+    summary = json.loads((folder / "training.jsonl").read_text().splitlines()[-1])["summary"]
+    data = ModelCardData(
+        language="code", license="apache-2.0", library_name="transformers", pipeline_tag="text-generation",
+        tags=["hf_dilated", "python"],
+    )  # fmt: skip
+    card = ModelCard.from_template(data, template_str=CARD, name=folder.name, long_documents=long_documents, **summary)
+    card.save(folder / "README.md")
+
+
+def run(texts: dict[str, str], output: Path, settings: Settings, *, device: str, library: str) -> None:
+    """Train tokenizer and model on ``texts`` by relative path, and write the whole folder."""
+    started = time.perf_counter()
+    torch.manual_seed(settings.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    training = {path: text for path, text in texts.items() if not is_held_out(path)}
+    held_out = {path: text for path, text in texts.items() if is_held_out(path)}
+    tokenizer = train_tokenizer(training.values(), settings)
+    tokenizer.save_pretrained(output)
+    documents = [document.to(device) for document in encode(tokenizer, training.values())]
+    held_out_documents = encode(tokenizer, held_out.values())
+    held_out_rows = sample_rows([document.to(device) for document in held_out_documents], settings)
+    training_tokens, held_out_tokens = (sum(map(len, part)) for part in (documents, held_out_documents))
+    model = build_model(settings).to(device)
+    typer.echo(
+        f"{model.num_parameters():,} parameters, {training_tokens:,} tokens to train on, {held_out_tokens:,} held out; "
+        f"tokenizer and data took {time.perf_counter() - started:.0f} s"
+    )
+    log = output / "training.jsonl"
+    train(model, documents, held_out_rows, settings, log)
+    model.to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        bos_token_id=0, eos_token_id=0, do_sample=True, temperature=0.7, top_p=0.95
+    )
+    model.save_pretrained(output)
+
+    loss, by_position = evaluate(model, *held_out_rows, settings.rows)
+    held_out_bytes = sum(len(text.encode()) for text in held_out.values())
+    tokens_per_step = min(settings.rows, sum(map(len, documents)) // settings.length) * settings.length
+    summary = {
+        "library": library,
+        "text_sha256": hashlib.sha256("".join(f"{path}\n{text}" for path, text in texts.items()).encode()).hexdigest(),
+        "training_files": len(training),
+        "training_tokens": training_tokens,
+        "held_out_files": len(held_out),
+        "held_out_tokens": held_out_tokens,
+        "parameters": model.num_parameters(),
+        **{name: getattr(settings, name) for name in ("steps", "length", "learning_rate", "layers", "hidden", "seed")},
+        "held_out_rows": len(held_out_rows[0]),
+        "vocabulary": len(tokenizer),
+        "tokens_per_step": tokens_per_step,
+        "epochs": settings.steps * tokens_per_step / training_tokens,
+        "training_loss": json.loads(log.read_text().splitlines()[-1])["loss"],
+        "held_out_loss": loss,
+        "held_out_perplexity": math.exp(loss),
+        "bits_per_byte": loss * (held_out_tokens - len(held_out)) / held_out_bytes / math.log(2),
+        "by_position": perplexity_by_position(by_position),
+        "seconds": time.perf_counter() - started,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"a CPU ({platform.machine()})",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    with log.open("a") as lines:
+        lines.write(json.dumps({"summary": summary}) + "\n")
+    write_card(output)
+    typer.echo(f"held-out perplexity {math.exp(loss):.2f}; wrote {output} in {time.perf_counter() - started:.0f} s")
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for model, tokenizer, log and card.")],
+    sources: Annotated[Path, typer.Option(help="A standard library; its folder name goes into the card.")] = (
+        STANDARD_LIBRARY
+    ),
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
+    rows: Annotated[int, typer.Option(help="Rows in a batch.")] = Settings.rows,
+    length: Annotated[int, typer.Option(help="Tokens in a row.")] = Settings.length,
+    held_out_rows: Annotated[int, typer.Option(help="Held-out rows to evaluate on.")] = Settings.held_out_rows,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = Settings.seed,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cuda" if torch.cuda.is_available() else "cpu",
+) -> None:
+    """Train the small decoder that the quickstart reads with."""
+    settings = Settings(steps=steps, rows=rows, length=length, held_out_rows=held_out_rows, seed=seed)
+    run(read_library(sources), output, settings, device=device, library=sources.name)
+
+
+if __name__ == "__main__":
+    typer.run(main)
