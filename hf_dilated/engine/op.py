@@ -13,6 +13,7 @@ from hf_dilated import patterns
 from hf_dilated.engine import execute, kernels
 from hf_dilated.engine.decode import decode
 from hf_dilated.engine.plan import Plan, make_plan
+from hf_dilated.engine.streamed import wide
 from hf_dilated.patterns.documents import Documents, Layout, layout_from_positions
 
 
@@ -42,7 +43,7 @@ def attend(
 def _(query, key, value, key_positions, sink_logits, pattern, is_causal, scale):  # type: ignore[no-untyped-def]
     B, H, N, _ = query.shape
     output = query.new_empty((B, N, H, value.shape[3])).transpose(1, 2)
-    return output, query.new_empty((B, H, N), dtype=execute.wide(query.dtype))
+    return output, query.new_empty((B, H, N), dtype=wide(query.dtype))
 
 
 @torch.library.custom_op("hf_dilated::attend_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_dilated.engine.kernels import PackedLengths
 from hf_dilated.patterns.documents import Documents, Integers
-from hf_dilated.patterns.partials import Level, Partials, Pattern, Spans
+from hf_dilated.patterns.partials import Level, Pattern, Spans
 
 LARGEST_VIEWED_RATE = 4  # rows further apart are gathered: the copy costs less than strided reads and many launches
 PLANS_KEPT = 32
@@ -45,6 +45,25 @@ class View:
         )
 
 
+@dataclass(frozen=True)
+class Tables:
+    """A selection as lookup tables of 32-bit integers on a device.
+
+    Attributes:
+        tokens: (T,) flat indices.
+        heads: (C, h) heads of every class.
+        rows: (B N,) row in which a token stands, -1 where it is not selected.
+        classes: (B N,) head class of a token.
+        places: (C, H, J) places of a head in its class, -1 where it has none.
+    """
+
+    tokens: Tensor
+    heads: Tensor
+    rows: Tensor
+    classes: Tensor
+    places: Tensor
+
+
 @dataclass(eq=False)
 class Selection:
     """The queries (or keys) of a call: ``n`` sequences of tokens, and the heads of every sequence."""
@@ -70,11 +89,17 @@ class Selection:
             self._on_device[device] = tuple(i.to(device) for i in (row, heads, slot))
         return self._on_device[device]
 
-    def take(self, x: Tensor) -> Tensor:
-        """Return (n, h, L, …) if all lengths are equal, else (T, h, …), of x (B, H, N, …)."""
-        if self.view is not None:
-            return self.view.of(x).flatten(0, 1).transpose(1, 2)
-        return self.batched(x[self.index(x.device)])
+    def tables(self, x: Tensor) -> Tables:
+        """Lookup tables for a tensor x (B, H, N, …)."""
+        where = x.shape[:3], x.device
+        if where not in self._on_device:
+            B, H, N = x.shape[:3]
+            rows, classes = np.full(B * N, -1), np.zeros(B * N)
+            rows[self.tokens] = np.arange(len(self.tokens))
+            classes[self.tokens] = self.head_class
+            host = (self.tokens, self.heads, rows, classes, _places(self.heads, H))
+            self._on_device[where] = Tables(*(torch.from_numpy(t.astype(np.int32)).to(x.device) for t in host))
+        return self._on_device[where]
 
     def batched(self, packed: Tensor) -> Tensor:
         """Turn (T, h, …) into (n, h, L, …) if all lengths are equal."""
@@ -238,3 +263,14 @@ def _side(spans: Iterable[tuple[Spans, tuple[int, ...]]], length: int, view: Vie
         length=length,
         view=view,
     )
+
+
+def _places(heads: Integers, count: int) -> Integers:
+    """Invert (C, h) heads of classes into (C, count, J) places of heads, -1 where there are fewer than J."""
+    repeats = max(int((row == head).sum()) for row in heads for head in set(row.tolist()))
+    places = np.full((len(heads), count, repeats), -1)
+    for number, row in enumerate(heads):
+        for head in set(row.tolist()):
+            found = np.flatnonzero(row == head)
+            places[number, head, : len(found)] = found
+    return places

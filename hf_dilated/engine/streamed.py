@@ -1,0 +1,75 @@
+"""Merge parts one after the other with plain tensor operations, in float32 (float64 for float64)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_dilated.engine.plan import Selection
+
+
+class StreamedOutput:
+    """Merges parts into the output (B, H, N, D) and LSE (B, H, N)."""
+
+    def __init__(self, query: Tensor, value_size: int) -> None:
+        B, H, N, _ = query.shape
+        self.dtype = query.dtype
+        self.output = query.new_zeros((B, N, H, value_size), dtype=wide(query.dtype)).transpose(1, 2)
+        self.lse = query.new_full((B, H, N), -math.inf, dtype=wide(query.dtype))
+
+    def add(self, selection: Selection, part: Tensor, part_lse: Tensor, is_first: bool) -> None:
+        """Take a part (n, h, L, D) with LSE (n, h, L), or (T, h, D) with (T, h)."""
+        part, part_lse = selection.packed(part), selection.packed(part_lse)
+        if is_first:
+            _write(selection, self.output, part)
+            _write(selection, self.lse, part_lse)
+            return
+        old, old_lse = _read(selection, self.output), _read(selection, self.lse)
+        part, part_lse = part.reshape(old.shape).to(old.dtype), part_lse.reshape(old_lse.shape).to(old_lse.dtype)
+        lse = torch.logaddexp(old_lse, part_lse)
+        old.mul_((old_lse - lse).exp_().unsqueeze(-1)).addcmul_(part, (part_lse - lse).exp_().unsqueeze(-1))
+        if selection.view is None:
+            _write(selection, self.output, old)
+        _write(selection, self.lse, lse)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return what was merged."""
+        return self.output.to(self.dtype), self.lse
+
+
+class StreamedGradient:
+    """Adds parts up to a gradient like x (B, H, N, D)."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.dtype = like.dtype
+        self.total = torch.zeros_like(like, dtype=wide(like.dtype))
+
+    def add(self, selection: Selection, part: Tensor) -> None:
+        """Take a part (n, h, L, D) or (T, h, D)."""
+        part = selection.packed(part).to(self.total.dtype)
+        if selection.view is None:
+            self.total.index_put_(selection.index(part.device), part, accumulate=True)
+        else:
+            view = selection.view.of(self.total)
+            view.add_(part.reshape(view.shape))
+
+    def result(self) -> Tensor:
+        """Return the sum."""
+        return self.total.to(self.dtype)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which results of a dtype are merged."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _read(selection: Selection, total: Tensor) -> Tensor:
+    return total[selection.index(total.device)] if selection.view is None else selection.view.of(total)
+
+
+def _write(selection: Selection, total: Tensor, part: Tensor) -> None:
+    if selection.view is None:
+        total[selection.index(total.device)] = part.to(total.dtype)
+    else:
+        view = selection.view.of(total)
+        view.copy_(part.reshape(view.shape))
