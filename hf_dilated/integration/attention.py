@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_dilated.config import DilatedConfig
 from hf_dilated.functional import attend
+from hf_dilated.integration.documents import shared_positions
 from hf_dilated.integration.layers import module_pattern
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.patterns import DensePattern, DilatedPattern
@@ -69,7 +70,8 @@ def dilated_attention_forward(
     _check_options(module, dropout, softcap, options)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    key_positions = _key_positions(module, query, key, attention_mask, is_causal)
+    _check_lengths(module, query, key, attention_mask, is_causal)
+    key_positions = _key_positions(query, key, attention_mask, options.get("position_ids"))
     stored = repr(getattr(module.config, "hf_dilated", None))
     pattern = module_pattern(module, getattr(module, "layer_idx", None), sliding_window, stored)
     _warn_if_long(pattern, key.shape[2], key_positions)
@@ -104,9 +106,9 @@ def _check_options(module: nn.Module, dropout: float, softcap: float | None, opt
             raise UnsupportedError(f'{name}: {reason}. Use attn_implementation="sdpa" or "eager" for this model')
 
 
-def _key_positions(
+def _check_lengths(
     module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, is_causal: bool
-) -> Tensor | None:
+) -> None:
     B, N, M = query.shape[0], query.shape[2], key.shape[2]
     config = module.config
     crosses = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
@@ -116,7 +118,7 @@ def _key_positions(
             'supported. Use attn_implementation="sdpa"'
         )
     if attention_mask is None:
-        return None
+        return
     ours = attention_mask.ndim == 4 and attention_mask.dtype == torch.int64 and attention_mask.shape[1:3] == (1, 1)
     if not ours:
         raise UnsupportedError(
@@ -128,7 +130,13 @@ def _key_positions(
             f"attention_mask covers {attention_mask.shape[0]} rows of {attention_mask.shape[3]} keys, but "
             f"{type(module).__name__} has {B} of {M}; something has lengthened the keys behind the mask"
         )
-    return attention_mask[:, 0, 0].expand(B, M)
+
+
+def _key_positions(query: Tensor, key: Tensor, attention_mask: Tensor | None, position_ids: Any) -> Tensor | None:
+    B, N, M = query.shape[0], query.shape[2], key.shape[2]
+    if not isinstance(position_ids, Tensor) or position_ids.shape not in ((B, N), (1, N)):
+        position_ids = None  # of images and sound: they number no tokens
+    return shared_positions(attention_mask, position_ids, B, N, M)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -105,11 +105,12 @@ def packed_position_ids(*lengths: int) -> Tensor:
 
 
 @pytest.mark.parametrize("family", [f for f in DECODERS if f != "qwen3_next"])
-def test_packed_documents_equal_each_document_alone(family):
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_documents_equal_each_document_alone(family, use_cache):
     lengths = (20, 1, 30)
     ids = tokens(1, sum(lengths))
     model = patterned(family, LONG)
-    packed = logits(model, input_ids=ids, position_ids=packed_position_ids(*lengths), use_cache=False)
+    packed = logits(model, input_ids=ids, position_ids=packed_position_ids(*lengths), use_cache=use_cache)
     for alone, together in zip(ids.split(lengths, 1), packed.split(lengths, 1), strict=True):
         assert_close(together, logits(model, input_ids=alone))
 
