@@ -1,0 +1,138 @@
+"""The command ``hf-dilated``."""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import AutoConfig
+
+import hf_dilated
+from hf_dilated.config import ConfigError, DilatedConfig
+from hf_dilated.integration.report import LayerReport, ModelReport, ReportError, keys_per_query, report
+from hf_dilated.integration.support import UnsupportedError
+from hf_dilated.patterns import DilatedPattern
+
+app = typer.Typer(help="Long-context attention for the Transformers models you already have.", no_args_is_help=True)
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Long-context attention for the Transformers models you already have."""
+    if version:
+        console.print(f"hf_dilated {hf_dilated.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="A folder with a config.json, or a model's name on the Hub.")],
+    max_length: Annotated[
+        int | None, typer.Option(help="Choose the pattern for inputs of this many tokens, not the stored one.")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that the checkpoint brings.")] = False,
+) -> None:
+    """Show what attn_implementation="dilated" runs in every layer of a model; reads its config.json alone.
+
+    Exits with 1 if the model, or one of its layers, would be refused.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        with _notes():
+            if max_length is not None:
+                config.hf_dilated = DilatedConfig.from_model_config(config, max_length=max_length)
+            result = report(config)
+    except (UnsupportedError, ConfigError) as error:
+        errors.print(f"[bold red]refused[/] {escape(model)}: {escape(str(error))}")
+        raise typer.Exit(1) from error
+    except (OSError, ReportError) as error:
+        errors.print(f"[bold red]no report[/] on {escape(model)}: {escape(str(error))}")
+        raise typer.Exit(2) from error
+    _show(result)
+    if not result.runs:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Print warnings as lines of their own."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
+        errors.print(f"[yellow]note[/] {escape(message)}")
+
+
+def _show(result: ModelReport) -> None:
+    direction = "causal" if result.is_causal else "in both directions"
+    console.print(
+        f"[bold]{result.model}[/], {result.heads} query heads, {result.kv_heads} key-value heads, attends {direction}"
+    )
+    console.print(_layer_table(result))
+    for name in result.unseen:
+        console.print(f"not reached by this report: {escape(name)}")
+    if any(layer.kind == "pattern" for layer in result.layers):
+        origin = "given or stored in config.json" if result.is_stored else "chosen for max_position_embeddings"
+        console.print(f"pattern {origin}")
+        console.print(_pattern_table(result))
+        console.print(f"up to {result.dense_length:,} tokens every layer is exactly the dense model's")
+
+
+def _layer_table(result: ModelReport) -> Table:
+    table = Table("layers", "module", "runs", "why")
+    for (module, kind, why), names in _grouped(result.layers):
+        colour = {"pattern": "green", "refused": "red"}.get(kind, "default")
+        table.add_row(_ranges(names), escape(module), f"[{colour}]{kind}[/]", escape(why))
+    return table
+
+
+def _grouped(layers: tuple[LayerReport, ...]) -> list[tuple[tuple[str, str, str], list[int]]]:
+    """Gather layers that do the same, in the order of their first."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for layer in layers:
+        module = re.sub(r"\d+", "*", layer.name, count=1)
+        number = re.search(r"\d+", layer.name)
+        groups.setdefault((module, layer.kind, layer.why), []).append(int(number[0]) if number else 0)
+    return list(groups.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write 0, 1, 2, 5 as ``0-2, 5``."""
+    runs = [
+        [n for _, n in run] for _, run in groupby(enumerate(sorted(set(numbers))), key=lambda pair: pair[1] - pair[0])
+    ]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _pattern_table(result: ModelReport) -> Table:
+    config = result.pattern
+    length = config.sink_tokens + config.segment_lengths[-1]
+    shares = keys_per_query(
+        DilatedPattern(config=config),
+        length,
+        heads=result.heads,
+        kv_heads=result.kv_heads,
+        is_causal=result.is_causal,
+    )
+    dense = (length + 1) / 2 if result.is_causal else length
+    options = f'overlap="{config.overlap}", offset="{config.offset}", phase="{config.phase}", rotate={config.rotate}'
+    table = Table(title=f"mean keys per query at {length:,} tokens\n{options}", show_footer=True)
+    table.add_column("branch", "together")
+    table.add_column("segment", justify="right")
+    table.add_column("rate", justify="right")
+    table.add_column("keys", f"{sum(shares):,.0f}", justify="right")
+    table.add_column("of dense", f"{sum(shares) / dense:.1%}", justify="right")
+    if config.sink_tokens:
+        table.add_row("sinks", str(config.sink_tokens), "", f"{shares[0]:,.0f}", f"{shares[0] / dense:.1%}")
+    for number, (segment, rate) in enumerate(zip(config.segment_lengths, config.dilation_rates, strict=True), 1):
+        share = shares[number]
+        table.add_row(str(number), f"{segment:,}", str(rate), f"{share:,.0f}", f"{share / dense:.1%}")
+    return table
