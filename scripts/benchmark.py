@@ -1,0 +1,258 @@
+"""Measure hf_dilated against dense attention, FlexAttention and peers, interleaved and with a control.
+
+    python scripts/benchmark.py attention
+    python scripts/benchmark.py attention --device cuda --output scripts/benchmarks
+    python scripts/benchmark.py decode --device cuda --output scripts/benchmarks
+
+No time is reported while a variant disagrees with the float64 oracle.
+"""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from benchmarking import parity, report
+from benchmarking.cases import Case, branches_for, describe_machine
+from benchmarking.runner import Run, measure
+from benchmarking.variants import CONTROL, Choice, variants
+
+from hf_dilated.config import Offset, Overlap
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+
+
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+
+OVERLAPS: dict[str, tuple[Overlap, ...]] = {"once": ("once",), "count": ("count",), "both": ("once", "count")}
+
+DeviceOption = Annotated[Device, typer.Option(help="Where to run.")]
+LengthsOption = Annotated[str, typer.Option(help="Tokens, such as 2k,32k,1M; by default what the device can do.")]
+HeadsOption = Annotated[int, typer.Option(help="Query heads; by default 8 on a CPU and 32 on a GPU.")]
+KvHeadsOption = Annotated[int, typer.Option(help="Key-value heads; by default as many as query heads.")]
+HeadDimOption = Annotated[int, typer.Option(help="Size of a head; by default 64 on a CPU and 128 on a GPU.")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="By default float32 on a CPU and bfloat16 on a GPU.")]
+BatchOption = Annotated[int, typer.Option(help="Sequences in a batch.")]
+PatternOption = Annotated[
+    str,
+    typer.Option(
+        help="doubling (segments 2048, 4096, … up to the length, rates 1, 2, 4, 8), four (the first four of those), "
+        "model (as DilatedConfig.from_model_config), or segment:rate pairs such as 2048:1,4096:2."
+    ),
+]
+OverlapOption = Annotated[
+    Literal["once", "count", "both"], typer.Option(help="How often a key counts that several branches reach.")
+]
+PeerOption = Annotated[
+    list[str],
+    typer.Option(
+        help="module:function(query, key, value, segment_lengths, dilation_rates) with overlap count, on (B, H, N, D)."
+    ),
+]
+RoundsOption = Annotated[int, typer.Option(min=5, help="Samples of each variant.")]
+BudgetOption = Annotated[float, typer.Option(help="Seconds after which the slowest variants are left out.")]
+OutputOption = Annotated[Path, typer.Option(help="Folder for the rows and the plot.")]
+NameOption = Annotated[str, typer.Option(help="Name of the files; by default from the command, device and pattern.")]
+
+
+@app.command()
+def attention(
+    device: DeviceOption = "cpu",
+    lengths: LengthsOption = "",
+    heads: HeadsOption = 0,
+    kv_heads: KvHeadsOption = 0,
+    head_dim: HeadDimOption = 0,
+    dtype: DtypeOption = None,
+    batch: BatchOption = 1,
+    pattern: PatternOption = "doubling",
+    overlap: OverlapOption = "both",
+    backward: Annotated[bool, typer.Option(help="Measure forward + backward as well.")] = True,
+    flex: Annotated[bool, typer.Option(help="Measure FlexAttention (GPU only).")] = True,
+    flex_up_to: Annotated[int, typer.Option(help="Longest length for FlexAttention.")] = 32768,
+    dense_up_to: Annotated[int, typer.Option(help="Longest length for dense attention; extrapolated beyond.")] = 131072,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory of the forward call.")] = True,
+    peer: PeerOption = [],  # noqa: B006
+    peer_offset: Annotated[Offset, typer.Option(help="Which residue a peer's heads keep.")] = "head",
+    rounds: RoundsOption = 7,
+    budget_seconds: BudgetOption = 900,
+    output: OutputOption = Path("outputs/benchmarks"),
+    name: NameOption = "",
+) -> None:
+    """Causal attention over whole sequences: forward, and forward + backward."""
+    cases = _cases(device, lengths, heads, kv_heads, head_dim, dtype, batch, pattern, OVERLAPS[overlap], decode=False)
+    choice = Choice(
+        overlaps=OVERLAPS[overlap],
+        flex=flex and device == "cuda",
+        flex_up_to=flex_up_to,
+        dense_up_to=dense_up_to,
+        peers=tuple(peer),
+        peer_offset=peer_offset,
+    )
+    modes = ["forward", "forward+backward"] if backward else ["forward"]
+    run = _start("attention", device, pattern, choice, rounds, budget_seconds, output, name, memory=memory)
+    _run(run, cases, modes, fastest=False)
+
+
+@app.command()
+def decode(
+    device: DeviceOption = "cpu",
+    lengths: LengthsOption = "",
+    heads: HeadsOption = 32,
+    kv_heads: KvHeadsOption = 8,
+    head_dim: HeadDimOption = 128,
+    dtype: DtypeOption = None,
+    batch: BatchOption = 1,
+    pattern: PatternOption = "model",
+    overlap: OverlapOption = "once",
+    rounds: RoundsOption = 7,
+    budget_seconds: BudgetOption = 300,
+    output: OutputOption = Path("outputs/benchmarks"),
+    name: NameOption = "",
+) -> None:
+    """One query at the end of a long context; on a GPU also replayed as a CUDA graph."""
+    cases = _cases(device, lengths, heads, kv_heads, head_dim, dtype, batch, pattern, OVERLAPS[overlap], decode=True)
+    choice = Choice(overlaps=OVERLAPS[overlap], dense_up_to=cases[-1].length)
+    modes = ["eager", "graph"] if device == "cuda" else ["eager"]
+    run = _start("decode", device, pattern, choice, rounds, budget_seconds, output, name, memory=False)
+    _run(run, cases, modes, fastest=True)
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Read lengths such as ``"2k,1M"``.
+
+    Raises:
+        ValueError: If one is not a number of tokens.
+
+    Example:
+        >>> parse_lengths("500,2k,1M")
+        [500, 2048, 1048576]
+    """
+    units = {"": 1, "k": 1 << 10, "m": 1 << 20}
+    parts = [re.fullmatch(r"\s*(\d+)([kKmM]?)\s*", part) for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"lengths: expected tokens such as 500,2k,1M, got {text!r}")
+    return sorted({int(part[1]) * units[part[2].lower()] for part in parts if part})
+
+
+def _cases(
+    device: Device,
+    lengths: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: Dtype | None,
+    batch: int,
+    pattern: str,
+    overlaps: Sequence[Overlap],
+    *,
+    decode: bool,
+) -> list[Case]:
+    on_gpu = device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise typer.BadParameter("no CUDA device is available; run with --device cpu", param_hint="--device")
+    first, last = (
+        (8 << 10, (1 << 20) if on_gpu else (128 << 10)) if decode else (2 << 10, (1 << 20) if on_gpu else (32 << 10))
+    )
+    doubling = ",".join(str(first << i) for i in range((last // first).bit_length()))
+    heads = heads or (32 if on_gpu else 8)
+    if kv_heads and heads % kv_heads:
+        raise typer.BadParameter(f"{kv_heads} does not divide {heads} heads", param_hint="--kv-heads")
+    try:
+        cases = [
+            Case(
+                device=device,
+                dtype=dtype or ("bfloat16" if on_gpu else "float32"),
+                batch=batch,
+                heads=heads,
+                kv_heads=kv_heads or heads,
+                head_dim=head_dim or (128 if on_gpu else 64),
+                length=length,
+                queries=1 if decode else length,
+                branches=branches_for(pattern, length, heads),
+            )
+            for length in parse_lengths(lengths or doubling)
+        ]
+        for case in cases:
+            for overlap in overlaps:
+                case.config(overlap)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return cases
+
+
+def _start(
+    kind: str,
+    device: Device,
+    pattern: str,
+    choice: Choice,
+    rounds: int,
+    budget_seconds: float,
+    output: Path,
+    name: str,
+    *,
+    memory: bool,
+) -> Run:
+    machine = describe_machine(device)
+    output.mkdir(parents=True, exist_ok=True)
+    words = [kind, machine["device"], pattern]
+    path = output / f"{name or re.sub(r'[^a-z0-9]+', '-', ' '.join(words).lower()).strip('-')}.jsonl"
+    path.unlink(missing_ok=True)
+    return Run(
+        kind=kind,
+        machine=machine,
+        path=path,
+        rounds=rounds,
+        deadline=time.monotonic() + budget_seconds,
+        choice=choice,
+        memory=memory,
+    )
+
+
+def _run(run: Run, cases: Sequence[Case], modes: Sequence[str], *, fastest: bool) -> None:
+    _check_parity(run, cases[-1])
+    for case in cases:
+        typer.echo(f"{case.length:,} tokens, {run.left():.0f} s left", err=True)
+        measure(run, case, modes)
+    case, machine = cases[-1], run.machine
+    title = (
+        f"{run.kind}, {machine['device']} ({machine['cores']} cores), torch {machine['torch']}, {case.dtype}, "
+        f"batch {case.batch}, {case.heads}/{case.kv_heads} heads of {case.head_dim}"
+    )
+    report.plot(run.rows, run.path.with_suffix(".png"), title)
+    for reason in dict.fromkeys(_reasons(run)):
+        typer.echo(reason)
+    report.print_table(run.rows, title, fastest=fastest)
+    typer.echo(
+        f"~ extrapolated; [95 % interval];{CONTROL}: the control, the same thing measured twice\n"
+        "extra / q: peak memory of the forward call beyond inputs and output, in sizes of q\n"
+        f"Rows and plot: {run.path.with_suffix('')}.*"
+    )
+
+
+def _check_parity(run: Run, case: Case) -> None:
+    small = parity.small_case(case)
+    typer.echo(f"checking every variant against the oracle at {small.length:,} tokens", err=True)
+    choice = replace(run.choice, flex_up_to=max(run.choice.flex_up_to, small.length))
+    wrong, missing = parity.failures(small, variants(small, choice))
+    for line in missing:
+        typer.echo(f"not available: {line}", err=True)
+    if wrong:
+        typer.echo("No times are reported, because results are wrong:\n  " + "\n  ".join(wrong), err=True)
+        raise typer.Exit(1)
+
+
+def _reasons(run: Run) -> list[str]:
+    return [
+        f"{row['length']:,} {row['variant']}, {row['mode']}: {row['status']}, {row['reason']}"
+        for row in run.rows
+        if row["status"] not in ("measured", "extrapolated")
+    ]
+
+
+if __name__ == "__main__":
+    app()

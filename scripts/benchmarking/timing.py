@@ -1,0 +1,115 @@
+"""How it is measured: interleaved in random order, medians with intervals, peak memory."""
+
+import gc
+import multiprocessing
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+SHORTEST_SAMPLE = 5e-3  # seconds; shorter calls are repeated within a sample
+
+
+def time_call(call: Call, repeats: int, device: str) -> float:
+    """Return the seconds of one call, averaged over ``repeats`` calls in a row."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def repeats_for(seconds: float) -> int:
+    """Return how many calls make a sample long enough to be timed."""
+    return max(1, int(SHORTEST_SAMPLE / max(seconds, 1e-7)))
+
+
+def interleave(
+    calls: Mapping[str, Call], repeats: Mapping[str, int], device: str, *, rounds: int, seed: int = 0
+) -> dict[str, list[float]]:
+    """Time every call once a round, each round in another random order.
+
+    Returns:
+        Seconds of each call, one entry a round.
+    """
+    shuffle = random.Random(seed)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name in shuffle.sample(list(calls), len(calls)):
+            seconds[name].append(time_call(calls[name], repeats[name], device))
+    return seconds
+
+
+def ratio(
+    baseline: Sequence[float], seconds: Sequence[float], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return median(baseline) / median(seconds) with its 95 % bootstrap interval.
+
+    Example:
+        >>> ratio([4.0, 4.0, 4.0], [2.0, 2.0, 2.0])
+        (2.0, 2.0, 2.0)
+    """
+    generator = np.random.default_rng(seed)
+    medians = [np.median(generator.choice(np.asarray(x), (draws, len(x))), axis=1) for x in (baseline, seconds)]
+    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
+    return statistics.median(baseline) / statistics.median(seconds), float(low), float(high)
+
+
+def peak_memory_cuda(call: Callable[[], Tensor]) -> int:
+    """Return the bytes that one call needs at its peak, beyond its inputs and its output."""
+    release()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - output.untyped_storage().nbytes()
+
+
+def peak_memory_cpu(prepare: Callable[..., Callable[[], Tensor]], *arguments: Any) -> int | None:
+    """Return the same for the CPU, measured in a fresh process; None where the system does not tell.
+
+    Args:
+        prepare: A module-level function that makes the inputs, warms up and returns the call.
+        arguments: Its arguments.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_grown, (prepare, *arguments))
+
+
+def _grown(prepare: Callable[..., Callable[[], Tensor]], *arguments: Any) -> int | None:
+    call = prepare(*arguments)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+        before = _high_water()
+        output = call()
+        return max(0, _high_water() - before - output.untyped_storage().nbytes())
+    except OSError:
+        return None
+
+
+def _high_water() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def release() -> None:
+    """Give back what nobody uses any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()

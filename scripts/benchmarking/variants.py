@@ -1,0 +1,198 @@
+"""What is compared: dense kernels, ours, FlexAttention on the same pattern, and peers given by name."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+import hf_dilated
+from benchmarking.cases import Case
+from hf_dilated import DilatedConfig
+from hf_dilated.config import Offset, Overlap
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+CONTROL = " (again)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to compute attention.
+
+    Args:
+        name: As it stands in rows and tables; a dense variant's starts with ``dense``.
+        prepare: Does what is done once for a shape (block masks, compilation) and returns the function to time.
+        claims: The pattern it computes; None is dense attention.
+        growth: Power of the length with which its time grows, for the budget.
+        optional: Whether it may be missing on this machine.
+        longest: Longest length, in tokens, to run it at; None is any.
+        order: The order in which it wants the tokens; None is as they come.
+    """
+
+    name: str
+    prepare: Callable[[], Attention]
+    claims: DilatedConfig | None = None
+    growth: int = 1
+    optional: bool = False
+    longest: int | None = None
+    order: Tensor | None = None
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it measures another variant once more."""
+        return self.name.endswith(CONTROL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which variants take part."""
+
+    overlaps: tuple[Overlap, ...] = ("once", "count")
+    flex: bool = False
+    flex_up_to: int = 32768
+    dense_up_to: int = 131072
+    peers: tuple[str, ...] = ()
+    peer_offset: Offset = "head"
+
+
+def variants(case: Case, choice: Choice) -> Iterator[Variant]:
+    """Yield what takes part; the first is the baseline that the others are compared with."""
+    yield from _dense(case, choice.dense_up_to)
+    for overlap in choice.overlaps:
+        yield _ours(case.config(overlap), f"dilated {overlap}")
+    if choice.flex and case.queries == case.length:
+        for overlap in choice.overlaps:
+            yield _flex(case, case.config(overlap), f"flex {overlap}", choice.flex_up_to)
+            yield _flex(case, case.config(overlap), f"flex {overlap} permuted", choice.flex_up_to, permuted=True)
+    for peer in choice.peers:
+        yield _peer(peer, case.config("count", choice.peer_offset))
+
+
+def with_control(chosen: Sequence[Variant]) -> list[Variant]:
+    """Put the first variant in a second time: two measurements of one thing show the noise."""
+    first = chosen[0]
+    again = Variant(**{**vars(first), "name": first.name + CONTROL})
+    return [first, again, *chosen[1:]]
+
+
+def _dense(case: Case, longest: int) -> Iterator[Variant]:
+    growth = 2 if case.queries == case.length else 1
+    if case.device == "cpu":
+        yield Variant(name="dense", prepare=lambda: _sdpa(None), growth=growth, longest=longest)
+        return
+    kernels = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
+    for name, backend in kernels.items():
+        prepare = _bound(_sdpa, backend)
+        yield Variant(name=f"dense {name}", prepare=prepare, growth=growth, longest=longest, optional=True)
+    yield Variant(name="dense fa4", prepare=_flash_attention_4, growth=growth, longest=longest, optional=True)
+
+
+def _bound(function: Callable[..., Attention], *arguments: Any) -> Callable[[], Attention]:
+    return lambda: function(*arguments)
+
+
+def _sdpa(backend: SDPBackend | None) -> Attention:
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        causal = query.shape[2] == key.shape[2]  # a single query, the last one, sees every key
+        grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
+
+    def call_on_backend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        assert backend is not None
+        with sdpa_kernel(backend):
+            return call(query, key, value)
+
+    return call if backend is None else call_on_backend
+
+
+def _flash_attention_4() -> Attention:
+    flash = importlib.import_module("flash_attn.cute").flash_attn_func
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = flash(*(x.transpose(1, 2) for x in (query, key, value)), causal=True)
+        return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+
+    return call
+
+
+def _ours(config: DilatedConfig, name: str) -> Variant:
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = hf_dilated.dilated_attention(query, key, value, config)
+        assert isinstance(output, Tensor)
+        return output
+
+    return Variant(name=name, prepare=lambda: call, claims=config)
+
+
+def _peer(path: str, config: DilatedConfig) -> Variant:
+    module, _, name = path.partition(":")
+    if not name:
+        raise ValueError(f"peer: expected module:function, got {path!r}")
+    function = getattr(importlib.import_module(module), name)
+    segments, rates = list(config.segment_lengths), list(config.dilation_rates)
+    return Variant(
+        name=f"peer {name}",
+        prepare=lambda: lambda query, key, value: function(query, key, value, segments, rates),
+        claims=config,
+    )
+
+
+def _flex(case: Case, config: DilatedConfig, name: str, longest: int, *, permuted: bool = False) -> Variant:
+    order = residue_order(case.length, config).to(case.device) if permuted else None
+    return Variant(
+        name=name,
+        prepare=lambda: _prepare_flex(case, config, order),
+        claims=config,
+        growth=2,
+        optional=True,
+        longest=longest,
+        order=order,
+    )
+
+
+def residue_order(length: int, config: DilatedConfig) -> Tensor:
+    """Sort the tokens of every longest segment by residue, so that the pattern's blocks become dense.
+
+    Example:
+        >>> config = DilatedConfig(segment_lengths=(4, 8), dilation_rates=(1, 2))
+        >>> residue_order(8, config).tolist()
+        [0, 2, 4, 6, 1, 3, 5, 7]
+    """
+    token = torch.arange(length)
+    segment, rate = config.segment_lengths[-1], max(config.dilation_rates)
+    rank = token // segment * segment * rate + token % segment % rate * segment + token % segment
+    return rank.argsort()
+
+
+def _prepare_flex(case: Case, config: DilatedConfig, order: Tensor | None) -> Attention:
+    torch._dynamo.config.recompile_limit = 256  # every length and pattern is a program of its own
+    branches = list(zip(config.segment_lengths, config.dilation_rates, strict=True))
+
+    def count(head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        met = [(i // w == j // w) & (i % w % r == head % r) & (j % w % r == head % r) for w, r in branches]
+        return sum(x.to(torch.int32) for x in met)  # type: ignore[return-value]
+
+    def sees(_: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        i, j = (i, j) if order is None else (order[i], order[j])
+        return (j <= i) & (count(head, i, j) > 0)
+
+    def weigh(score: Tensor, _: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        i, j = (i, j) if order is None else (order[i], order[j])
+        return score + count(head, i, j).to(torch.float32).log()
+
+    mask = torch.compile(create_block_mask)(sees, None, case.heads, case.length, case.length, device=case.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    grouped = case.heads != case.kv_heads
+    score_mod = weigh if config.overlap == "count" else None
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return compiled(query, key, value, block_mask=mask, score_mod=score_mod, enable_gqa=grouped)
+
+    return call
