@@ -11,12 +11,15 @@ from hf_dilated.config import DilatedConfig
 from hf_dilated.functional import attend
 from hf_dilated.integration.documents import shared_positions
 from hf_dilated.integration.layers import module_pattern
+from hf_dilated.integration.packing import BOUNDARIES, WITHOUT_CHECK, check_boundaries
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.patterns import DensePattern, DilatedPattern
 
 # Arguments that pass through a model's layers and mean nothing to attention.
 WITHOUT_MEANING = frozenset(
     {
+        *BOUNDARIES,  # checked against the positions
+        *WITHOUT_CHECK,
         "cache_position",
         "num_items_in_batch",
         "output_hidden_states",
@@ -30,7 +33,6 @@ REASONS = {
     "cache": "continuous batching keeps keys in pages; use generate()",
     "position_bias": "a bias for every pair of tokens is dense attention",
     "output_attentions": "attention weights are never computed",
-    "cu_seq_lens_q": "pass documents as position_ids, without return_flash_attn_kwargs",
 }
 
 
@@ -72,6 +74,7 @@ def dilated_attention_forward(
         is_causal = getattr(module, "is_causal", True)
     _check_lengths(module, query, key, attention_mask, is_causal)
     key_positions = _key_positions(query, key, attention_mask, options.get("position_ids"))
+    check_boundaries(options, key_positions, key.shape[0], key.shape[2])
     stored = repr(getattr(module.config, "hf_dilated", None))
     pattern = module_pattern(module, getattr(module, "layer_idx", None), sliding_window, stored)
     _warn_if_long(pattern, key.shape[2], key_positions)
