@@ -1,6 +1,7 @@
 """Train the small decoder that the quickstart reads with, at 2,048 tokens, on Python's standard library.
 
     python scripts/train_base.py --output model_cards/pystdlib-4m
+    python scripts/train_base.py --output model_cards/pystdlib-4m --only-card --report outputs/quickstart/report.md
 
 It takes about three minutes on one H100 and writes the model, its tokenizer, the log and the card. A file
 of the library is held out when a hash of its relative path says so: the same files in every release.
@@ -256,12 +257,12 @@ weights stored in bfloat16. `training.jsonl` is the log.
 
 - Text: the sources of {{ library }} as installed, {{ "{:,}".format(training_files) }} files with
   {{ "{:,}".format(training_tokens) }} tokens for training ({{ "%.1f"|format(epochs) }} epochs), and
-  {{ "{:,}".format(held_out_files) }} files with {{ "{:,}".format(held_out_tokens) }} tokens held out. A file is held out
-  when a hash of its relative path says so (`is_held_out`).
+  {{ "{:,}".format(held_out_files) }} files with {{ "{:,}".format(held_out_tokens) }} tokens held out. A file is held
+  out when a hash of its relative path says so (`is_held_out`).
 - Documents are packed into rows of {{ "{:,}".format(length) }} tokens; attention does not cross from one document to
   the next.
-- Architecture: {{ layers }} layers, hidden size {{ hidden }}, 8 query and 4 key-value heads, RoPE, tied embeddings, a byte-level
-  BPE tokenizer of {{ "{:,}".format(vocabulary) }} tokens trained on the training files.
+- Architecture: {{ layers }} layers, hidden size {{ hidden }}, 8 query and 4 key-value heads, RoPE, tied embeddings,
+  a byte-level BPE tokenizer of {{ "{:,}".format(vocabulary) }} tokens trained on the training files.
 - The GPU kernels do not add in a fixed order, so a second run gives the same curve, not the same bits.
 
 ## Evaluation
@@ -278,8 +279,8 @@ Held-out files, {{ held_out_rows }} rows of {{ "{:,}".format(length) }} tokens, 
 {% endif %}
 ## Limits
 
-- Made for {{ "{:,}".format(length) }} tokens. Beyond them it needs an extension of its positions, and then reads only as
-  well as measured{% if long_documents %} above{% endif %}.
+- Made for {{ "{:,}".format(length) }} tokens. Beyond them it reads only as well as
+  {% if long_documents %}measured above{% else %}`scripts/quickstart.py` measures{% endif %}.
 - Knows the standard library's style and little else; what it writes is often wrong and never checked.
 - Some held-out files have near relatives among the training files (a module and its tests), as in any library.
 
@@ -290,13 +291,14 @@ part of this folder.
 """
 
 
-def write_card(folder: Path, long_documents: str = "") -> None:
-    """Write ``README.md`` from the summary in ``training.jsonl``, and a section on long documents if there is one."""
+def write_card(folder: Path, report: Path | None = None) -> None:
+    """Write ``README.md`` from the summary in ``training.jsonl`` and the ``report.md`` of the quickstart."""
     summary = json.loads((folder / "training.jsonl").read_text().splitlines()[-1])["summary"]
     data = ModelCardData(
         language="code", license="apache-2.0", library_name="transformers", pipeline_tag="text-generation",
         tags=["hf_dilated", "python"],
     )  # fmt: skip
+    long_documents = report.read_text().strip() if report else ""
     card = ModelCard.from_template(data, template_str=CARD, name=folder.name, long_documents=long_documents, **summary)
     card.save(folder / "README.md")
 
@@ -370,8 +372,13 @@ def main(
     held_out_rows: Annotated[int, typer.Option(help="Held-out rows to evaluate on.")] = Settings.held_out_rows,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = Settings.seed,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cuda" if torch.cuda.is_available() else "cpu",
+    only_card: Annotated[bool, typer.Option(help="Write the card again, from the log.")] = False,
+    report: Annotated[Path | None, typer.Option(help="report.md of the quickstart, for the card.")] = None,
 ) -> None:
     """Train the small decoder that the quickstart reads with."""
+    if only_card:
+        write_card(output, report)
+        return
     settings = Settings(steps=steps, rows=rows, length=length, held_out_rows=held_out_rows, seed=seed)
     run(read_library(sources), output, settings, device=device, library=sources.name)
 
