@@ -29,13 +29,16 @@ class Case:
     head_size: int
     value_size: int
     deterministic: bool
+    single: bool = False
 
     @classmethod
     def of(cls, query: Tensor, value: Tensor) -> "Case":
-        """Describe a call."""
+        """Describe a call; it is ``single`` if every sequence has one query and one key."""
         capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return cls(query.device.type, capability, query.dtype, query.shape[-1], value.shape[-1], deterministic)
+        sizes = query.shape[-1], value.shape[-1]
+        single = query.shape[-2] == value.shape[-2] == 1
+        return cls(query.device.type, capability, query.dtype, *sizes, deterministic, single)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def _no_seed(like: Tensor) -> Tensor:
 def _cudnn_refuses(case: Case) -> str | None:
     if case.deterministic:
         return "its backward pass is not deterministic"
+    if case.single:
+        return "does not support one query with one key"
     if case.device == "cuda" and case.capability < (8, 0):
         return f"needs compute capability 8.0, this GPU has {case.capability[0]}.{case.capability[1]}"
     largest = 256 if case.capability[0] == 9 else 128

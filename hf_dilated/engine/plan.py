@@ -45,25 +45,6 @@ class View:
         )
 
 
-@dataclass(frozen=True)
-class Tables:
-    """A selection as lookup tables of 32-bit integers on a device.
-
-    Attributes:
-        tokens: (T,) flat indices.
-        heads: (C, h) heads of every class.
-        rows: (B N,) row in which a token stands, -1 where it is not selected.
-        classes: (B N,) head class of a token.
-        places: (C, H, J) places of a head in its class, -1 where it has none.
-    """
-
-    tokens: Tensor
-    heads: Tensor
-    rows: Tensor
-    classes: Tensor
-    places: Tensor
-
-
 @dataclass(eq=False)
 class Selection:
     """The queries (or keys) of a call: ``n`` sequences of tokens, and the heads of every sequence."""
@@ -89,17 +70,12 @@ class Selection:
             self._on_device[device] = tuple(i.to(device) for i in (row, heads, slot))
         return self._on_device[device]
 
-    def tables(self, x: Tensor) -> Tables:
-        """Lookup tables for a tensor x (B, H, N, …)."""
-        where = x.shape[:3], x.device
-        if where not in self._on_device:
-            B, H, N = x.shape[:3]
-            rows, classes = np.full(B * N, -1), np.zeros(B * N)
-            rows[self.tokens] = np.arange(len(self.tokens))
-            classes[self.tokens] = self.head_class
-            host = (self.tokens, self.heads, rows, classes, _places(self.heads, H))
-            self._on_device[where] = Tables(*(torch.from_numpy(t.astype(np.int32)).to(x.device) for t in host))
-        return self._on_device[where]
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (T,), head classes (T,) and heads (C, h) as 32-bit integers on a device."""
+        if (device, "tables") not in self._on_device:
+            host = (self.tokens, self.head_class, self.heads)
+            self._on_device[device, "tables"] = tuple(torch.from_numpy(t.astype(np.int32)).to(device) for t in host)
+        return self._on_device[device, "tables"]
 
     def batched(self, packed: Tensor) -> Tensor:
         """Turn (T, h, …) into (n, h, L, …) if all lengths are equal."""
@@ -143,7 +119,6 @@ class Plan:
     """The kernel calls of a pattern on a batch, in the order in which they merge."""
 
     calls: tuple[Call, ...]
-    _tables: dict[Any, Any] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=PLANS_KEPT)
@@ -166,8 +141,9 @@ def make_plan(pattern: Pattern, documents: Documents, heads: int, kv_heads: int,
 
 @dataclass
 class _Group:
-    """Partials of one head class and one size."""
+    """Partials of one size, of heads of one class; ``turn`` numbers the shares of a class."""
 
+    turn: int
     heads: tuple[int, ...]
     key_heads: tuple[int, ...]
     query: Spans
@@ -185,7 +161,7 @@ def _lower(level: Level, documents: Documents, repeats: int, packs: bool, is_fir
             yield Call(*sides, group.is_causal, is_first)
         else:
             size = int(group.query.count[0]), int(group.key.count[0])
-            gathered[group.is_causal, len(group.heads), len(group.key_heads), size].append(group)
+            gathered[group.is_causal, group.turn, len(group.heads), len(group.key_heads), size].append(group)
     if packs:
         gathered = _pack(gathered)
     for (is_causal, *_), groups in gathered.items():
@@ -194,26 +170,37 @@ def _lower(level: Level, documents: Documents, repeats: int, packs: bool, is_fir
 
 def _groups(level: Level, repeats: int) -> Iterator[_Group]:
     for part in level:
-        key_heads = _key_heads(part.heads, repeats)
         sizes = np.stack([part.query.count, part.key.count], 1)
         distinct, which = np.unique(sizes, axis=0, return_inverse=True)
         for number in range(len(distinct)):
             chosen = np.flatnonzero(which.reshape(-1) == number)
-            yield _Group(part.heads, key_heads, part.query[chosen], part.key[chosen], part.is_causal)
+            for turn, (heads, key_heads) in enumerate(_even_shares(part.heads, repeats)):
+                yield _Group(turn, heads, key_heads, part.query[chosen], part.key[chosen], part.is_causal)
 
 
-def _key_heads(heads: tuple[int, ...], repeats: int) -> tuple[int, ...]:
-    """Key-value heads of some query heads, each named once if the query heads divide evenly among them."""
-    named = tuple(head // repeats for head in heads)
-    distinct = tuple(sorted(set(named)))
-    share = len(heads) // len(distinct)
-    return distinct if named == tuple(head for head in distinct for _ in range(share)) else named
+def _even_shares(heads: tuple[int, ...], repeats: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Split query heads so that in each share every key-value head serves equally many of them.
+
+    Example:
+        >>> _even_shares((0, 4, 8, 12), repeats=8)
+        [((0, 4, 8, 12), (0, 1))]
+        >>> _even_shares((3, 7, 11), repeats=7)
+        [((3, 7), (0, 1)), ((11,), (1,))]
+    """
+    served: dict[int, list[int]] = defaultdict(list)
+    for head in heads:
+        served[head // repeats].append(head)
+    if len({len(members) for members in served.values()}) == 1:
+        return [(heads, tuple(served))]
+    most = max(map(len, served.values()))
+    turns = [{key: members[i] for key, members in served.items() if i < len(members)} for i in range(most)]
+    return [(tuple(turn.values()), tuple(turn)) for turn in turns]
 
 
 def _pack(gathered: dict[Any, list[_Group]]) -> dict[Any, list[_Group]]:
     packed: dict[Any, list[_Group]] = defaultdict(list)
-    for (is_causal, heads, key_heads, _), groups in gathered.items():
-        packed[is_causal, heads, key_heads] += groups
+    for (*kind, _), groups in gathered.items():
+        packed[tuple(kind)] += groups
     return packed
 
 
@@ -263,14 +250,3 @@ def _side(spans: Iterable[tuple[Spans, tuple[int, ...]]], length: int, view: Vie
         length=length,
         view=view,
     )
-
-
-def _places(heads: Integers, count: int) -> Integers:
-    """Invert (C, h) heads of classes into (C, count, J) places of heads, -1 where there are fewer than J."""
-    repeats = max(int((row == head).sum()) for row in heads for head in set(row.tolist()))
-    places = np.full((len(heads), count, repeats), -1)
-    for number, row in enumerate(heads):
-        for head in set(row.tolist()):
-            found = np.flatnonzero(row == head)
-            places[number, head, : len(found)] = found
-    return places
