@@ -98,7 +98,8 @@ def attend(
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     N, M = query.shape[2], key.shape[2]
     plain = key_positions is None and sink_logits is None and not return_lse
-    if plain and N == M and pattern.is_dense(M):
+    tracing = torch.compiler.is_compiling()  # the operator is one node for every length
+    if plain and not tracing and N == M and pattern.is_dense(M):
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     output, lse = op.attend(query, key, value, key_positions, sink_logits, pattern.spec, is_causal, scale)

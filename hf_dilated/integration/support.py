@@ -1,6 +1,5 @@
 """Which models let their attention be replaced, and the error for everything that cannot be done exactly."""
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,9 @@ from transformers import PreTrainedModel
 
 class UnsupportedError(ValueError):
     """Something that the backend cannot compute exactly; the message names it and the way out."""
+
+
+_INTERFACE_USERS: set[type] = set()
 
 
 def check_model(config: Any) -> None:
@@ -32,7 +34,6 @@ def check_model(config: Any) -> None:
 
 
 @torch._dynamo.assume_constant_result
-@functools.cache
 def uses_attention_interface(config_class: type) -> bool:
     """Whether the loaded model classes of a configuration class call Transformers' attention interface.
 
@@ -43,9 +44,14 @@ def uses_attention_interface(config_class: type) -> bool:
         >>> uses_attention_interface(LlamaConfig), uses_attention_interface(BloomConfig)
         (True, False)
     """
+    if config_class in _INTERFACE_USERS:
+        return True
     classes = [model for model in _model_classes(PreTrainedModel) if model.config_class is config_class]
     bases = [model for model in classes if PreTrainedModel in model.__bases__]
-    return any(model._can_set_attn_implementation() for model in bases or classes)
+    uses_it = any(model._can_set_attn_implementation() for model in bases or classes)
+    if uses_it:
+        _INTERFACE_USERS.add(config_class)
+    return uses_it
 
 
 def _model_classes(base: type[PreTrainedModel]) -> Iterator[type[PreTrainedModel]]:
