@@ -66,6 +66,8 @@ def _positions(visible: Tensor, is_causal: bool) -> Tensor:
     rank = torch.where(visible, visible.long().cumsum(1) - 1, -1).amax(0)
     if not is_causal:
         return torch.where(seen, rank, -1)
+    if not seen.any():  # a chunk of padding
+        return torch.full((M,), -1)
     last = int(seen.nonzero()[-1])
     query = int(visible[:, last].nonzero()[0])  # the first to see the last key is that key's own token
     end = last + N - query
