@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_dilated.config import ConfigError, DilatedConfig, StoredConfig
+from hf_dilated.integration.layers import dilated_config
 
 BACKENDS = ("dilated",)
 FIELD = "hf_dilated"
@@ -138,16 +139,15 @@ def _to_save(config: Any, running: str | None) -> StoredConfig:
     stored = stored_config(config)
     if running is None:
         return stored
-    pattern = stored.dilated or _default_pattern(config)
-    return dataclasses.replace(stored, attn_implementation=running, dilated=pattern)
+    return dataclasses.replace(stored, attn_implementation=running, dilated=_pattern(config))
 
 
-def _default_pattern(config: Any) -> DilatedConfig | None:
-    """The pattern that runs where none was chosen; None where none can be chosen, so that none ever ran."""
+def _pattern(config: Any) -> DilatedConfig | None:
+    """The pattern that runs; None where none was given and none can be chosen, so that none ever ran."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return DilatedConfig.from_model_config(config)
+            return dilated_config(config)
         except ConfigError:
             return None
 

@@ -199,7 +199,11 @@ def _record(model: PreTrainedModel) -> list[_Call]:
     ) -> tuple[Tensor, None]:
         error = None
         try:
-            dilated_attention_forward(module, *_real(query, key, value, attention_mask), **_real_options(options))
+            mask = None if attention_mask is None else _real(attention_mask)
+            known: dict[str, Any] = {
+                name: _real(value) if isinstance(value, Tensor) else value for name, value in options.items()
+            }
+            dilated_attention_forward(module, _real(query), _real(key), _real(value), mask, **known)
         except UnsupportedError as refusal:
             error = refusal
         is_causal = options.get("is_causal")
@@ -253,15 +257,8 @@ def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     raise ReportError(f"{type(model).__name__} reads {name}; a report needs a model that reads tokens or images")
 
 
-def _real(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [
-        torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor is not None and tensor.is_meta else tensor
-        for tensor in tensors
-    ]
-
-
-def _real_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: _real(value)[0] if isinstance(value, Tensor) else value for name, value in options.items()}
+def _real(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
 
 
 def _classify(call: _Call) -> LayerReport:
