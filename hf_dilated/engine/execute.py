@@ -31,13 +31,11 @@ def forward(plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float)
     """
     total = (FusedOutput if runs_fused(query) else StreamedOutput)(query, value.shape[3])
     for call in plan.calls:
-        q, k, v = take(call.query, query), take(call.key, key), take(call.key, value)
+        q, k, v = _take(call, call.query, query), _take(call, call.key, key), _take(call, call.key, value)
         if call.is_packed:
             part, lse = kernels.packed_forward(q, k, v, call.packed_lengths(q.device), call.is_causal, scale)
-            lse = lse.transpose(0, 1)
         else:
-            kernel = kernels.choose(kernels.Case.of(q, v))
-            part, lse = kernel.forward(q, k, v, call.is_causal, scale)
+            part, lse = _kernel(call, q, v).forward(q, k, v, call.is_causal, scale)
         total.add(call.query, part, lse, call.is_first)
     return total.result()
 
@@ -59,21 +57,25 @@ def backward(
 def _call_backward(
     call: Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float
 ) -> Gradients:
-    q, k, v = take(call.query, query), take(call.key, key), take(call.key, value)
-    grad, output, lse = take(call.query, grad), take(call.query, output), take(call.query, lse)
+    q, k, v = _take(call, call.query, query), _take(call, call.key, key), _take(call, call.key, value)
+    grad, output, lse = (_take(call, call.query, x) for x in (grad, output, lse))
     if call.is_packed:
-        lengths = call.packed_lengths(q.device)
-        return kernels.packed_backward(grad, q, k, v, output, lse.transpose(0, 1), lengths, call.is_causal, scale)
-    kernel = kernels.choose(kernels.Case.of(q, v))
-    return kernel.backward(grad, q, k, v, output, lse, call.is_causal, scale)
+        return kernels.packed_backward(
+            grad, q, k, v, output, lse, call.packed_lengths(q.device), call.is_causal, scale
+        )  # fmt: skip
+    return _kernel(call, q, v).backward(grad, q, k, v, output, lse, call.is_causal, scale)
 
 
-def take(selection: Selection, x: Tensor) -> Tensor:
-    """Return (n, h, L, …) if all lengths are equal, else (T, h, …), of x (B, H, N, …)."""
+def _kernel(call: Call, query: Tensor, value: Tensor) -> kernels.Kernel:
+    return kernels.choose(kernels.Case.of(query, value, recurs=call.recurs))
+
+
+def _take(call: Call, selection: Selection, x: Tensor) -> Tensor:
+    """Return (n, h, L, …) of x (B, H, N, …), or (T, h, …) for a packed call."""
     if selection.view is not None:
         return selection.view.of(x).flatten(0, 1).transpose(1, 2)
     gathered = gather(selection, x) if x.ndim == 4 and runs_fused(x) else x[selection.index(x.device)]
-    return selection.batched(gathered)
+    return gathered if call.is_packed else selection.batched(gathered)
 
 
 def runs_fused(x: Tensor) -> bool:

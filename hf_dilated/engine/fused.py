@@ -110,7 +110,7 @@ class FusedOutput:
         if self.output is None and _covers(selection, part, self.shape):
             self.output = part.transpose(1, 2).view(self.shape)
             view = selection.view.of(self.lse)
-            view.copy_(selection.packed(part_lse).reshape(view.shape))
+            view.copy_(part_lse.transpose(1, 2).reshape(view.shape))
             return
         if self.output is None:
             self.output = self.query.new_zeros(self.shape)

@@ -20,6 +20,7 @@ from hf_dilated.patterns.documents import Documents, Integers
 from hf_dilated.patterns.partials import Level, Pattern, Spans
 
 LARGEST_VIEWED_RATE = 4  # rows further apart are gathered: the copy costs less than strided reads and many launches
+REGULAR_SIZE = 128  # sizes that come from segments rather than from the end of a document
 PLANS_KEPT = 32
 
 
@@ -78,12 +79,8 @@ class Selection:
         return self._on_device[device, "tables"]
 
     def batched(self, packed: Tensor) -> Tensor:
-        """Turn (T, h, …) into (n, h, L, …) if all lengths are equal."""
-        return packed.unflatten(0, (len(self.lengths), -1)).transpose(1, 2) if self.equal_lengths else packed
-
-    def packed(self, batched: Tensor) -> Tensor:
-        """The inverse of :meth:`batched`."""
-        return batched.transpose(1, 2).flatten(0, 1) if self.equal_lengths else batched
+        """Turn (T, h, …) into (n, h, L, …), if all lengths are equal."""
+        return packed.unflatten(0, (len(self.lengths), -1)).transpose(1, 2)
 
 
 @dataclass(eq=False)
@@ -92,15 +89,17 @@ class Call:
 
     Attributes:
         is_first: Whether no earlier call has queries in common with this one.
+        recurs: Whether later batches are likely to bring calls of the same size.
     """
 
     query: Selection
     key: Selection
     is_causal: bool
     is_first: bool
+    recurs: bool
     _lengths: dict[torch.device, PackedLengths] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def is_packed(self) -> bool:
         """Whether its sequences have different lengths."""
         return not (self.query.equal_lengths and self.key.equal_lengths)
@@ -157,15 +156,14 @@ def _lower(level: Level, documents: Documents, repeats: int, packs: bool, is_fir
         query = _view(group.query, group.heads, documents.rows, documents.queries)
         key = _view(group.key, group.key_heads, documents.rows, documents.keys)
         if query and key:
-            sides = _selection([group], documents, query, key)
-            yield Call(*sides, group.is_causal, is_first)
+            yield _call([group], documents, is_first, query, key)
         else:
             size = int(group.query.count[0]), int(group.key.count[0])
             gathered[group.is_causal, group.turn, len(group.heads), len(group.key_heads), size].append(group)
     if packs:
         gathered = _pack(gathered)
-    for (is_causal, *_), groups in gathered.items():
-        yield Call(*_selection(groups, documents), is_causal, is_first)
+    for groups in gathered.values():
+        yield _call(groups, documents, is_first)
 
 
 def _groups(level: Level, repeats: int) -> Iterator[_Group]:
@@ -225,12 +223,16 @@ def _view(spans: Spans, heads: tuple[int, ...], rows: int, length: int) -> View 
     )
 
 
-def _selection(
-    groups: list[_Group], documents: Documents, query: View | None = None, key: View | None = None
-) -> tuple[Selection, Selection]:
-    return (
-        _side([(g.query, g.heads) for g in groups], documents.queries, query),
-        _side([(g.key, g.key_heads) for g in groups], documents.keys, key),
+def _call(
+    groups: list[_Group], documents: Documents, is_first: bool, query: View | None = None, key: View | None = None
+) -> Call:
+    sizes = {int(count) for g in groups for count in (g.query.count[0], g.key.count[0])}
+    return Call(
+        query=_side([(g.query, g.heads) for g in groups], documents.queries, query),
+        key=_side([(g.key, g.key_heads) for g in groups], documents.keys, key),
+        is_causal=groups[0].is_causal,
+        is_first=is_first,
+        recurs=documents.are_whole_rows and all(size % REGULAR_SIZE == 0 for size in sizes),
     )
 
 

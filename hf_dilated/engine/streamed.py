@@ -19,7 +19,7 @@ class StreamedOutput:
 
     def add(self, selection: Selection, part: Tensor, part_lse: Tensor, is_first: bool) -> None:
         """Take a part (n, h, L, D) with LSE (n, h, L), or (T, h, D) with (T, h)."""
-        part, part_lse = selection.packed(part), selection.packed(part_lse)
+        part, part_lse = packed(part, 4), packed(part_lse, 3)
         if is_first:
             _write(selection, self.output, part)
             _write(selection, self.lse, part_lse)
@@ -46,7 +46,7 @@ class StreamedGradient:
 
     def add(self, selection: Selection, part: Tensor) -> None:
         """Take a part (n, h, L, D) or (T, h, D)."""
-        part = selection.packed(part).to(self.total.dtype)
+        part = packed(part, 4).to(self.total.dtype)
         if selection.view is None:
             self.total.index_put_(selection.index(part.device), part, accumulate=True)
         else:
@@ -61,6 +61,11 @@ class StreamedGradient:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which results of a dtype are merged."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def packed(part: Tensor, batched_ndim: int) -> Tensor:
+    """Turn (n, h, L, …) into (T, h, …); what is packed already stays."""
+    return part.transpose(1, 2).flatten(0, 1) if part.ndim == batched_ndim else part
 
 
 def _read(selection: Selection, total: Tensor) -> Tensor:
