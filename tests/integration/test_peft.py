@@ -60,6 +60,22 @@ def test_lora_through_saving_and_merging(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(merged, ids), trained)
 
 
+def test_an_adapter_of_a_plain_checkpoint_is_told_its_backend_again(tmp_path: Path) -> None:
+    """An adapter names its base model and nothing else, so what the base does not hold is named at loading."""
+    ids = tokens(2, 24)
+    base = tiny_model("llama", "sdpa")
+    base.save_pretrained(tmp_path / "base")
+    chosen = {"dtype": torch.float64, "attn_implementation": "dilated", "hf_dilated": SHORT}
+    model = peft.get_peft_model(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", **chosen), LORA)
+    train_a_step(model.double(), ids)
+    trained = logits(model, ids)
+    model.save_pretrained(tmp_path / "adapter")
+    reloaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **chosen)
+    torch.testing.assert_close(logits(reloaded, ids), trained)
+    dense = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float64)
+    assert dense.config._attn_implementation == "sdpa"
+
+
 def test_lora_learns_what_it_learns_with_dense_attention() -> None:
     ids, weights = tokens(2, 24), {}
     for backend in ("sdpa", "dilated"):
