@@ -15,13 +15,13 @@ LENGTH = 2048
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-def small_case(case: Case, length: int = LENGTH) -> Case:
+def small_case(case: Case) -> Case:
     """Scale a case down so that float64 dense attention is affordable and several segments still fit."""
     first = case.branches[0][0]
-    smallest = max(16, max(rate for _, rate in case.branches), length >> len(case.branches))
+    smallest = max(16, max(rate for _, rate in case.branches), LENGTH >> len(case.branches))
     branches = tuple((max(1, w * min(smallest, first) // first), r) for w, r in case.branches)
-    queries = length if case.queries == case.length else case.queries
-    return replace(case, batch=1, length=length, queries=queries, branches=branches)
+    queries = LENGTH if case.queries == case.length else case.queries
+    return replace(case, batch=1, length=LENGTH, queries=queries, branches=branches)
 
 
 def failures(case: Case, chosen: Iterable[Variant]) -> tuple[list[str], list[str]]:
