@@ -209,6 +209,13 @@ def continue_document(model: Any, tokenizer: Any, document: Tensor) -> tuple[str
     return tokenizer.decode(prompt[-160:]), tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
 
 
+def start(progress: Progress, label: str, total: int) -> Any:
+    """Add a bar; where bars are not drawn while they move, print its label."""
+    if not progress.console.is_terminal:
+        progress.console.print(label, "…")
+    return progress.add_task(label, total=total)
+
+
 def measure(task: Task, text: Path | None, count: int, progress: Progress) -> Report:
     """Read with every combination of attention and positions, learn, read again, continue."""
     config = AutoConfig.from_pretrained(task.model)
@@ -234,10 +241,10 @@ def measure(task: Task, text: Path | None, count: int, progress: Progress) -> Re
             readings.add(f"{name}, {way}", partial(read, model))
     measure_cost(model, next(iter(documents.values())), edges, report, progress)
     if lessons:
-        bar = progress.add_task(f"learn from {short(task.max_length)} tokens a step", total=task.learn_steps)
+        bar = start(progress, f"learn from {short(task.max_length)} tokens a step", total=task.learn_steps)
         report.learning_losses = learn(model, lessons, task, lambda: progress.advance(bar))
         readings.add(f"dilated, {way}, after {task.learn_steps} steps", partial(read, model))
-    bar = progress.add_task("continue the document", total=1)
+    bar = start(progress, "continue the document", total=1)
     report.prompt, report.continuation = continue_document(model, tokenizer, next(iter(documents.values())))
     progress.advance(bar)
     return report
@@ -253,7 +260,7 @@ class Readings:
     progress: Progress
 
     def add(self, label: str, reader: Callable[[Tensor], Reading]) -> None:
-        bar = self.progress.add_task(label, total=len(self.documents))
+        bar = start(self.progress, label, total=len(self.documents))
         losses = []
         for document in self.documents:
             losses.append(reader(document).losses)
@@ -263,7 +270,7 @@ class Readings:
 
 def measure_cost(model: Any, document: Tensor, edges: list[int], report: Report, progress: Progress) -> None:
     """Add time and memory of one pass over ever longer beginnings of a document."""
-    bar = progress.add_task("time and memory", total=len(BACKENDS) * len(edges[2:]))
+    bar = start(progress, "time and memory", total=len(BACKENDS) * len(edges[2:]))
     for length in edges[2:]:
         for name, backend in BACKENDS.items():
             model.set_attn_implementation(backend)
