@@ -1,0 +1,1 @@
+"""What ``scripts/survey_models.py`` is made of."""
