@@ -102,6 +102,10 @@ def attend(
     if plain and not tracing and N == M and pattern.is_dense(M):
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if N == 1 and is_causal and query.device.type != "cpu" and not needs_gradient:
+        output, lse = op.decode(query, key, value, key_positions, sink_logits, pattern.spec, scale)
+        return (output, lse) if return_lse else output
     output, lse = op.attend(query, key, value, key_positions, sink_logits, pattern.spec, is_causal, scale)
     return (output, lse.detach()) if return_lse else output
 

@@ -1,11 +1,17 @@
 """One causal query against a cache: read only the keys that the pattern sees, without asking the host."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from hf_dilated.engine.execute import HAS_TRITON
+from hf_dilated.engine.streamed import wide
 from hf_dilated.patterns import DensePattern, DilatedPattern
+
+if HAS_TRITON:
+    from hf_dilated.engine.fused_decode import fused_decode
 
 
 def decode(
@@ -30,36 +36,44 @@ def decode(
     Returns:
         Output (B, H, 1, Dv) and LSE (B, H, 1).
     """
+    if runs_fused(query, pattern):
+        return fused_decode(query, key, value, key_positions, pattern, scale)
     B, H, _, _ = query.shape
     G, M = key.shape[1:3]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     position, slot_of = _slots(key_positions, B, M, query.device)
-    seen_position, is_seen = pattern.visible(position, M, H, G)  # (B, H or 1, K)
-    slot = slot_of(seen_position)
+    seen, is_seen = pattern.visible(position, M, H, G)  # (B, H or 1, K)
+    slot = slot_of(seen.clamp(0, M - 1))
     kv_head = torch.arange(H, device=query.device)[:, None] // (H // G)
     row = torch.arange(B, device=query.device)[:, None, None]
     k, v = key[row, kv_head, slot], value[row, kv_head, slot]  # (B, H, K, D)
-    scores = (k.to(wide) @ query.to(wide).transpose(2, 3)).squeeze(3) * scale
+    scores = (k.to(wide(k.dtype)) @ query.to(wide(k.dtype)).transpose(2, 3)).squeeze(3) * scale
     scores = scores.masked_fill(~is_seen, -math.inf)
     lse = scores.logsumexp(-1, keepdim=True)
-    weights = torch.where(is_seen & lse.isfinite(), (scores - lse).exp(), 0)
-    v = torch.where(is_seen.unsqueeze(-1), v, 0).to(wide)
-    output = (weights.unsqueeze(2) @ v).to(query.dtype)
-    return output, lse
+    weights = torch.where(is_seen, (scores - lse).exp(), 0)
+    v = torch.where(is_seen.unsqueeze(-1), v.to(wide(v.dtype)), 0)
+    return (weights.unsqueeze(2) @ v).to(query.dtype), lse
 
 
-def _slots(key_positions, B, M, device):
-    """Position (B,) of each row's query, and the map from positions of its document to slots."""
+def runs_fused(query: Tensor, pattern: DensePattern | DilatedPattern) -> bool:
+    """Whether a Triton kernel reads the keys where they lie."""
+    return HAS_TRITON and query.is_cuda and query.element_size() <= 4 and isinstance(pattern, DilatedPattern)
+
+
+def _slots(
+    key_positions: Tensor | None, rows: int, keys: int, device: torch.device
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Position (B,) of each row's query, and the map from positions in its document to slots."""
     if key_positions is None:
-        return torch.full((B,), M - 1, device=device), lambda position: position.clamp(0, M - 1)
+        return torch.full((rows,), keys - 1, device=device), lambda position: position
     key_positions = key_positions.to(device)
     last = (key_positions != -2).sum(1, keepdim=True) - 1
-    position = key_positions.gather(1, last)
-    slot = torch.arange(M, device=device)
-    starts = torch.where((key_positions == 0) & (slot <= last), slot, 0).amax(1, keepdim=True)
-    own = (key_positions >= 0) & (slot >= starts) & (slot <= last)
-    slots = torch.zeros(B, M + 1, dtype=torch.long, device=device)
-    slots.scatter_(1, torch.where(own, key_positions, M), slot.expand(B, M))
-    return position.squeeze(1), lambda wanted: slots.gather(
-        1, wanted.clamp(0, M - 1).expand(B, -1, -1).flatten(1)
-    ).view(B, *wanted.shape[1:])
+    slot = torch.arange(keys, device=device)
+    start = torch.where((key_positions == 0) & (slot <= last), slot, 0).amax(1, keepdim=True)
+    is_own = (key_positions >= 0) & (slot >= start) & (slot <= last)
+    slots = torch.zeros(rows, keys + 1, dtype=torch.long, device=device)
+    slots.scatter_(1, torch.where(is_own, key_positions, keys), slot.expand(rows, keys))
+
+    def slot_of(position: Tensor) -> Tensor:
+        return slots.gather(1, position.expand(rows, -1, -1).flatten(1)).view(rows, *position.shape[1:])
+
+    return key_positions.gather(1, last).squeeze(1), slot_of

@@ -1,7 +1,7 @@
 """The operators ``hf_dilated::attend`` and ``hf_dilated::attend_backward``: one node in a compiled graph.
 
-Planning needs the positions of the keys on the host, so the operators read them there; a single causal
-query on an accelerator is the exception (:mod:`hf_dilated.engine.decode`) and synchronises nothing.
+Planning needs the positions of the keys on the host, so these operators read them there.
+``hf_dilated::decode`` serves a single causal query and synchronises nothing.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_dilated import patterns
+from hf_dilated.engine import decode as decoding
 from hf_dilated.engine import execute, kernels
-from hf_dilated.engine.decode import decode
 from hf_dilated.engine.plan import Plan, make_plan
 from hf_dilated.engine.streamed import wide
 from hf_dilated.patterns.documents import Documents, Layout, layout_from_positions
@@ -29,14 +29,11 @@ def attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attend along a pattern: output (B, H, N, Dv) and LSE (B, H, N)."""
-    if query.shape[2] == 1 and is_causal and query.device.type != "cpu":
-        output, lse = decode(query, key, value, key_positions, patterns.parse(pattern), scale)
-    else:
-        batch = _Batch(query, key, key_positions, pattern, is_causal)
-        q, k, v = batch.query(query), batch.key(key), batch.key(value)
-        output, lse = execute.forward(batch.plan(q, k, v), q, k, v, scale)
-        output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf)
-    return (output, lse) if sink_logits is None else _with_sink(output, lse, sink_logits)
+    batch = _Batch(query, key, key_positions, pattern, is_causal)
+    q, k, v = batch.query(query), batch.key(key), batch.key(value)
+    output, lse = execute.forward(batch.plan(q, k, v), q, k, v, scale)
+    output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf)
+    return _with_sink(output, lse, sink_logits)
 
 
 @attend.register_fake
@@ -44,6 +41,27 @@ def _(query, key, value, key_positions, sink_logits, pattern, is_causal, scale):
     B, H, N, _ = query.shape
     output = query.new_empty((B, N, H, value.shape[3])).transpose(1, 2)
     return output, query.new_empty((B, H, N), dtype=wide(query.dtype))
+
+
+@torch.library.custom_op("hf_dilated::decode", mutates_args=())
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_positions: Tensor | None,
+    sink_logits: Tensor | None,
+    pattern: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The same for one causal query, without gradients."""
+    output, lse = decoding.decode(query, key, value, key_positions, patterns.parse(pattern), scale)
+    return _with_sink(output, lse, sink_logits)
+
+
+@decode.register_fake
+def _(query, key, value, key_positions, sink_logits, pattern, scale):  # type: ignore[no-untyped-def]
+    B, H, N, _ = query.shape
+    return query.new_empty((B, H, N, value.shape[3])), query.new_empty((B, H, N), dtype=wide(query.dtype))
 
 
 @torch.library.custom_op("hf_dilated::attend_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -91,8 +109,10 @@ def _autograd_backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple
 attend.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
-def _with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
+def _with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Let a learned logit per head take part in the softmax; it has no value."""
+    if sink_logits is None:
+        return output, lse
     total = torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None])
     share = (lse - total).exp().unsqueeze(-1)
     return (output * share).to(output.dtype), total

@@ -42,10 +42,10 @@ class DilatedPattern:
 
     def levels(self, documents: Documents, heads: int, kv_heads: int, is_causal: bool) -> list[Level]:
         """List the partial attentions (:class:`hf_dilated.patterns.partials.Pattern`)."""
-        grid = _Grid(documents, self.config.sink_tokens, self.config.phase_of(self.layer))
+        grid = _Grid(documents, self.config.sink_tokens, self.phase)
         levels = grid.sinks(heads, is_causal) if self.config.sink_tokens else []
         inner = None
-        for segment, rate in zip(self.config.segment_lengths, self.config.dilation_rates, strict=True):
+        for segment, rate in self.branches:
             classes = self.head_classes(rate, heads, kv_heads)
             if inner is None or self.config.overlap == "count":
                 per_class = [grid.segments(segment, rate, s, members, is_causal) for s, members in classes]
@@ -59,20 +59,30 @@ class DilatedPattern:
             inner = segment
         return levels
 
+    @property
+    def branches(self) -> list[tuple[int, int]]:
+        """Segment length and dilation rate of every branch."""
+        return list(zip(self.config.segment_lengths, self.config.dilation_rates, strict=True))
+
+    @property
+    def phase(self) -> int:
+        """Tokens by which the grid is shifted."""
+        return self.config.phase_of(self.layer)
+
     def is_dense(self, length: int) -> bool:
         """Whether a document of a length sees all of itself."""
         return length <= self.config.dense_length(self.layer)
 
     def visible(self, position: Tensor, keys: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
         """List the positions that one causal query sees (:class:`hf_dilated.patterns.partials.Pattern`)."""
-        S, phase = self.config.sink_tokens, self.config.phase_of(self.layer)
+        S, phase = self.config.sink_tokens, self.phase
         device, rows = position.device, len(position)
         position = position[:, None, None]
         g = position - S + phase
         sinks = torch.arange(S, device=device).expand(rows, heads, S)
         seen, is_seen = [sinks], [sinks <= position]
         inner = None
-        for w, r in zip(self.config.segment_lengths, self.config.dilation_rates, strict=True):
+        for w, r in self.branches:
             s = torch.tensor([self.residue(h, r, heads, kv_heads) for h in range(heads)], device=device)[:, None]
             offset = s + r * torch.arange(-(-min(w, keys + phase) // r), device=device)
             other = g // w * w + offset
