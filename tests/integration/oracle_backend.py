@@ -78,4 +78,5 @@ def _positions(visible: Tensor, is_causal: bool) -> Tensor:
 def _masked(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     key, value = (x.double().repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = (query.double() @ key.transpose(2, 3) * scale).masked_fill(~visible[:, None], -1e30)
-    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+    weights = scores.softmax(-1) * visible.any(-1)[:, None, :, None]
+    return weights @ value, scores.logsumexp(-1)

@@ -1,0 +1,124 @@
+"""``torch.compile(fullgraph=True)``: no graph breaks, same numbers."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import MistralConfig, MistralModel, masking_utils
+
+from hf_dilated import DilatedConfig
+from hf_dilated.integration.attention import dilated_attention_forward
+from hf_dilated.integration.support import UnsupportedError
+from tests.tiny_models import tiny_config, tiny_model, tokens
+
+PATTERN = DilatedConfig(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4), sink_tokens=2, phase="alternate")
+WINDOWED = MistralConfig(sliding_window=4, attn_implementation="dilated")
+MODELS = (MistralModel,)  # loaded, as they are when a model asks for its mask
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def one_graph(function, backend="eager"):
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def model_of(family, **options):
+    model = tiny_model(family, "dilated", **options)
+    model.config.hf_dilated = PATTERN
+    return model
+
+
+def test_a_model_and_its_gradients_are_one_graph():
+    ids = tokens(2, 40)
+    packed = {"position_ids": torch.cat([torch.arange(15), torch.arange(25)])[None].expand(2, -1), "use_cache": False}
+    found = []
+    for compiled in (False, True):
+        model = model_of("llama", num_hidden_layers=1)
+        run = one_graph(model, "aot_eager") if compiled else model
+        output = run(ids, labels=ids, **packed)
+        output.loss.backward()
+        found.append((output.logits, model.model.layers[0].self_attn.q_proj.weight.grad))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_an_encoder_is_one_graph():
+    model, ids = model_of("bert"), tokens(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(one_graph(model)(ids).logits, model(ids).logits)
+
+
+def test_layers_compiled_one_by_one_keep_their_own_pattern():
+    model, ids = model_of("llama"), tokens(1, 40)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(model(ids).logits, expected)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = tiny_config("llama")
+        self.config.hf_dilated = PATTERN
+        self.layer_idx = 1
+
+    def forward(self, query, key, value):
+        return dilated_attention_forward(self, query, key, value, None)[0]
+
+
+def test_a_changed_pattern_compiles_again():
+    module = Attention()
+    tensors = [torch.randn(1, heads, 40, 8) for heads in (4, 2, 2)]
+    compiled = one_graph(module)
+    before = compiled(*tensors)
+    module.config.hf_dilated = DilatedConfig(segment_lengths=(4,), dilation_rates=(1,))
+    after = compiled(*tensors)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, module(*tensors))
+
+
+@pytest.mark.parametrize(
+    ("builder", "given"),
+    [
+        ("create_causal_mask", {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}),
+        ("create_causal_mask", {"position_ids": torch.tensor([[0, 1, 2, 3, 4]])}),
+        ("create_causal_mask", {"attention_mask": torch.tensor([[0, 1, 1, 1, 0]])}),
+        ("create_sliding_window_causal_mask", {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}),
+        ("create_sliding_window_causal_mask", {"attention_mask": torch.tensor([[0, 1, 1, 1, 0]])}),
+        ("create_bidirectional_sliding_window_mask", {"attention_mask": torch.tensor([[0, 1, 1, 1, 0]])}),
+    ],
+)
+def test_masks_are_the_same_while_tracing(builder, given):
+    given = {"attention_mask": None, "past_key_values": None} | given
+
+    def build(embeddings):
+        return getattr(masking_utils, builder)(WINDOWED, embeddings, **given)
+
+    embeddings = torch.zeros(1, 5, 8)
+    expected = build(embeddings)
+    expected = torch.arange(5).view(1, 1, 1, 5) if expected is None else expected
+    assert torch.equal(one_graph(build)(embeddings), expected)
+
+
+@pytest.mark.parametrize(
+    ("builder", "given", "seen"),
+    [
+        ("create_causal_mask", {"block_sequence_ids": torch.tensor([[-1, 0, 0, -1]])}, "or_masks"),
+        ("create_causal_mask", {"and_mask_function": lambda b, h, q, kv: kv < 2}, "and_masks"),
+        ("create_chunked_causal_mask", {}, "and_masks"),
+    ],
+)
+def test_masks_with_additions_are_refused_while_tracing(builder, given, seen):
+    config = MistralConfig(attn_implementation="dilated")
+    config.attention_chunk_size = 2
+
+    def build(embeddings):
+        return getattr(masking_utils, builder)(config, embeddings, None, None, **given)
+
+    with pytest.raises((UnsupportedError, torch._dynamo.exc.TorchDynamoException), match=seen):
+        one_graph(build)(torch.zeros(1, 4, 8))
