@@ -231,6 +231,7 @@ def measure(task: Task, text: Path | None, count: int, progress: Progress) -> Re
     )  # fmt: skip
 
     readings = Readings(list(documents.values()), edges, report, progress)
+    full: dict[str, Reading] = {}
     for way, rope in ways.items():
         model = load(task, rope)
         if rope is None and task.max_length > trained:
@@ -238,14 +239,16 @@ def measure(task: Task, text: Path | None, count: int, progress: Progress) -> Re
             readings.add(f"dense, windows of {trained:,}", partial(read_in_windows, model, window=trained))
         for name, backend in BACKENDS.items():
             model.set_attn_implementation(backend)
-            readings.add(f"{name}, {way}", partial(read, model))
-    measure_cost(model, next(iter(documents.values())), edges, report, progress)
+            full[name] = readings.add(f"{name}, {way}", partial(read, model))
+    first = next(iter(documents.values()))
+    measure_cost(model, first, edges[2:-1], report, progress)
+    report.costs += [cost(name, task.max_length, reading) for name, reading in full.items()]
     if lessons:
         bar = start(progress, f"learn from {short(task.max_length)} tokens a step", total=task.learn_steps)
         report.learning_losses = learn(model, lessons, task, lambda: progress.advance(bar))
         readings.add(f"dilated, {way}, after {task.learn_steps} steps", partial(read, model))
     bar = start(progress, "continue the document", total=1)
-    report.prompt, report.continuation = continue_document(model, tokenizer, next(iter(documents.values())))
+    report.prompt, report.continuation = continue_document(model, tokenizer, first)
     progress.advance(bar)
     return report
 
@@ -259,19 +262,21 @@ class Readings:
     report: Report
     progress: Progress
 
-    def add(self, label: str, reader: Callable[[Tensor], Reading]) -> None:
+    def add(self, label: str, reader: Callable[[Tensor], Reading]) -> Reading:
+        """Return how the first document was read."""
         bar = start(self.progress, label, total=len(self.documents))
-        losses = []
+        done = []
         for document in self.documents:
-            losses.append(reader(document).losses)
+            done.append(reader(document))
             self.progress.advance(bar)
-        self.report.perplexities[label] = perplexity_by_position(losses, self.edges)
+        self.report.perplexities[label] = perplexity_by_position([reading.losses for reading in done], self.edges)
+        return done[0]
 
 
-def measure_cost(model: Any, document: Tensor, edges: list[int], report: Report, progress: Progress) -> None:
+def measure_cost(model: Any, document: Tensor, lengths: list[int], report: Report, progress: Progress) -> None:
     """Add time and memory of one pass over ever longer beginnings of a document."""
-    bar = start(progress, "time and memory", total=len(BACKENDS) * len(edges[2:]))
-    for length in edges[2:]:
+    bar = start(progress, "time and memory", total=len(BACKENDS) * len(lengths))
+    for length in lengths:
         for name, backend in BACKENDS.items():
             model.set_attn_implementation(backend)
             report.costs.append(cost(name, length, read(model, document[:length])))
@@ -358,8 +363,8 @@ def main(
     text: Annotated[Path | None, typer.Option(help="A UTF-8 file to read.", exists=True, dir_okay=False)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     max_length: Annotated[int, typer.Option(help="Tokens of each document.", min=32)] = 16384,
-    documents: Annotated[int, typer.Option(help="Held-out files to read.", min=1)] = 2,
-    learn_steps: Annotated[int, typer.Option(help="Optimizer steps of one long file each.", min=0)] = 8,
+    documents: Annotated[int, typer.Option(help="Held-out files to read.", min=1)] = 1,
+    learn_steps: Annotated[int, typer.Option(help="Optimizer steps of one long file each.", min=0)] = 4,
     learning_rate: Annotated[float, typer.Option(help="Of the first of these steps.")] = 5e-4,
     output: Annotated[Path, typer.Option(help="Folder for the plot and the numbers.")] = Path("outputs/quickstart"),
 ) -> None:
