@@ -89,6 +89,7 @@ def dilated_attention_forward(
         key_positions=key_positions,
         sink_logits=s_aux,
     )
+    assert isinstance(output, Tensor)  # the log-sum-exp was not asked for
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -117,8 +118,8 @@ def _check_lengths(
     crosses = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
     if crosses or (N != M and not is_causal) or N > M:
         raise UnsupportedError(
-            f"{type(module).__name__} attends with {N} queries to {M} keys of another sequence: cross-attention is not "
-            'supported. Use attn_implementation="sdpa"'
+            f"{type(module).__name__} attends with {N} queries to {M} keys of another sequence: cross-attention and "
+            'prefix tuning of encoders are not supported. Use attn_implementation="sdpa"'
         )
     if attention_mask is None:
         return

@@ -82,6 +82,8 @@ def position_mask(
         position = _positions(attention_mask, batch_size, kv_length, q_offset + q_length, kv_offset, device)
     if q_length > 1:
         position = position.cpu()
+        if meaning.is_windowed and not tracing:
+            _check_gaps(position)
         if not tracing and torch.equal(position, torch.arange(kv_length).expand_as(position)):
             return None
     return position[:, None, None, :]
@@ -130,6 +132,18 @@ def _check_shape(
     if kv_offset and not meaning.is_windowed:
         raise UnsupportedError(
             f"the cache has dropped {kv_offset} tokens of a layer that has no window; use a cache that keeps all"
+        )
+
+
+def _check_gaps(position: Tensor) -> None:
+    """A dense mask counts windows in slots, positions count tokens: the same unless padding lies between tokens."""
+    real = position >= 0
+    slot = torch.arange(position.shape[1])
+    last, first = torch.where(real, slot, -1).amax(1), torch.where(real, slot, slot[-1] + 1).amin(1)
+    if (real.any(1) & (last - first + 1 != real.sum(1))).any():
+        raise UnsupportedError(
+            "attention_mask has padding between real tokens, and layers with a sliding window would count it; pad on "
+            'the left or right only (prompt and prefix tuning: on the right), or use attn_implementation="sdpa"'
         )
 
 

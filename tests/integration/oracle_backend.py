@@ -1,4 +1,4 @@
-"""A second way to run a pattern inside Transformers, for comparison: slow, dense, and with nothing of ours but the oracle.
+"""A second way to run a pattern inside Transformers, for comparison: slow, dense, with nothing of ours but the oracle.
 
 Its mask function is Transformers' own dense mask; the attention function reads the positions off what that mask lets
 every query see. Registered as ``"oracle"``.

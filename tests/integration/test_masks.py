@@ -91,6 +91,14 @@ def test_a_cache_that_keeps_a_window_counts_from_its_first_slot():
     assert rows(build(1, mask=[[0] * 7 + [1] * 3], **options)) == [[-1, 0, 1, 2]]
 
 
+def test_padding_inside_a_window_is_refused():
+    config = MistralConfig(sliding_window=4, attn_implementation="dilated")
+    options = {"builder": masking_utils.create_sliding_window_causal_mask, "config": config}
+    assert rows(build(5, mask=[[0, 1, 1, 1, 0]], **options)) == [[-1, 0, 1, 2, -1]]
+    with pytest.raises(UnsupportedError, match="padding between real tokens"):
+        build(5, mask=[[0, 1, 0, 1, 1]], **options)
+
+
 def custom(batch_idx, head_idx, q_idx, kv_idx):
     return kv_idx < 2
 

@@ -68,7 +68,7 @@ def test_relative_position_bias():
 
 
 def test_softcap():
-    with pytest.raises(UnsupportedError, match="softcap=50.0"):
+    with pytest.raises(UnsupportedError, match=r"softcap=50\.0"):
         run("gemma2")
 
 
@@ -123,7 +123,7 @@ def test_a_model_that_does_not_know_its_length():
 
 def test_continuous_batching():
     model = tiny_model("llama", "dilated")
-    with pytest.raises(ValueError, match="dilated.* is not supported"):
+    with pytest.raises(ValueError, match=r"dilated.* is not supported"):
         model.generate_batch([[3, 4, 5]], generation_config=tf.GenerationConfig(max_new_tokens=2))
 
 
