@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from hf_dilated import ConfigError, DilatedConfig
 from hf_dilated.integration.attention import dilated_attention_forward
@@ -40,11 +39,11 @@ def survey(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Outc
         model_class: With a language modelling head.
         config: Small enough to run in seconds.
     """
-    logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     try:
         dense = _build(model_class, config, "sdpa" if model_class._supports_sdpa else "eager")
         randomize(dense)
+        weights = copy.deepcopy(dense.state_dict())  # RWKV rescales its weights when it runs
         short, long = _tokens(SHORT), _tokens(LONG)
         expected = {"short": _logits(dense, short), "long": _logits(dense, long)}
     except Exception as error:
@@ -54,7 +53,7 @@ def survey(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Outc
     calls = _count_calls()
     try:
         dilated = _build(model_class, config, _dilated(config))
-        dilated.load_state_dict(dense.state_dict())
+        dilated.load_state_dict(weights)
         actual = {"short": _logits(dilated, short), "long": _logits(dilated, long)}
         if not calls:
             return _own_attention(config, expected, actual)
