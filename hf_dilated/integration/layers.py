@@ -46,6 +46,7 @@ def layer_pattern(config: Any, layer_idx: int | None, sliding_window: int | None
     Example:
         >>> from transformers import Qwen3NextConfig
         >>> config = Qwen3NextConfig(layer_types=["linear_attention", "full_attention"] * 2, num_hidden_layers=4)
+        >>> config.hf_dilated = DilatedConfig(segment_lengths=(8, 16), dilation_rates=(1, 2), phase="alternate")
         >>> layer_pattern(config, 3, None).layer
         1
     """
