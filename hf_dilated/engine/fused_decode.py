@@ -10,14 +10,15 @@ from torch import Tensor
 from hf_dilated.patterns import DilatedPattern
 
 BLOCK = 128
+VALUES = 32
 FIELDS = 5  # of a block: segment length, dilation rate, inner segment length, first candidate, branch
 
 
 @triton.jit
 def _last_written(positions, M):
     """The last slot that is written: those that are not (-2) follow it."""
-    low = 0
     high = M
+    low = tl.where(tl.load(positions + M - 1) == -2, 0, M - 1)
     while high - low > 1:
         middle = (low + high) // 2
         if tl.load(positions + middle) == -2:
@@ -25,6 +26,13 @@ def _last_written(positions, M):
         else:
             low = middle
     return low
+
+
+@triton.jit
+def _distance(positions, slot, seen, visible):
+    """How far left of a slot the wanted position is at least; 0 if the slot holds it."""
+    found = tl.load(positions + slot, mask=visible, other=0).to(tl.int32)
+    return tl.where(visible, tl.where(found >= 0, found - seen, 1), 0)
 
 
 @triton.jit
@@ -62,41 +70,40 @@ def _block_kernel(
         visible = (
             (offset < segment) & (seen >= SINKS) & (seen <= last_seen) & (other // tl.maximum(inner, 1) != excluded)
         )
-    slot = tl.where(visible, last - (p - seen), 0)
-    if HAS_POSITIONS:  # padding inside the document: step left until the slot holds the position
-        found = tl.load(positions + slot, mask=visible, other=0).to(tl.int32)
-        step = tl.where(visible, tl.where(found >= 0, found - seen, 1), 0)
-        while tl.max(step, 0) > 0:
-            slot -= step
-            found = tl.load(positions + slot, mask=visible, other=0).to(tl.int32)
-            step = tl.where(visible, tl.where(found >= 0, found - seen, 1), 0)
-    slot = slot.to(tl.int64)
-    d = tl.arange(0, WIDTH)
-    q = tl.load(Q + row * q_row + head * q_head + d, mask=d < D, other=0.0).to(tl.float32)
-    kv_head = head // REPEATS
-    k = tl.load(K + row.to(tl.int64) * k_row + kv_head * k_head + (slot * k_slot)[:, None] + d[None, :],
-                mask=visible[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
-    score = tl.where(visible, tl.sum(k.to(tl.float32) * q[None, :], 1) * scale, float("-inf"))
-    largest = tl.max(score, 0)
-    safe = tl.where(largest == float("-inf"), 0.0, largest)
-    weight = tl.exp(score - safe)
-    total = tl.sum(weight, 0)
-    e = tl.arange(0, VALUE_WIDTH)
-    v = tl.load(V + row.to(tl.int64) * v_row + kv_head * v_head + (slot * v_slot)[:, None] + e[None, :],
-                mask=visible[:, None] & (e < DV)[None, :], other=0.0)  # fmt: skip
-    out = tl.sum(v.to(tl.float32) * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     index = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + number
-    tl.store(OUT + index * DV + e, out, mask=e < DV)
-    tl.store(LSE + index, tl.where(total > 0, safe + tl.log(total), float("-inf")))
+    if tl.max(visible.to(tl.int32), 0) == 0:
+        tl.store(LSE + index, float("-inf"))
+    else:
+        slot = tl.where(visible, last - (p - seen), 0)
+        if HAS_POSITIONS:  # padding inside the document: step left until the slot holds the position
+            step = _distance(positions, slot, seen, visible)
+            while tl.max(step, 0) > 0:
+                slot -= step
+                step = _distance(positions, slot, seen, visible)
+        slot = slot.to(tl.int64)
+        d = tl.arange(0, WIDTH)
+        e = tl.arange(0, VALUE_WIDTH)
+        q = tl.load(Q + row * q_row + head * q_head + d, mask=d < D, other=0.0).to(tl.float32)
+        k_base = K + row.to(tl.int64) * k_row + (head // REPEATS) * k_head
+        v_base = V + row.to(tl.int64) * v_row + (head // REPEATS) * v_head
+        k_mask = visible[:, None] & (d < D)[None, :]
+        v_mask = visible[:, None] & (e < DV)[None, :]
+        k = tl.load(k_base + (slot * k_slot)[:, None] + d[None, :], mask=k_mask, other=0.0)
+        v = tl.load(v_base + (slot * v_slot)[:, None] + e[None, :], mask=v_mask, other=0.0)
+        score = tl.where(visible, tl.sum(k.to(tl.float32) * q[None, :], 1) * scale, float("-inf"))
+        largest = tl.max(score, 0)
+        weight = tl.exp(score - largest)
+        total = tl.sum(weight, 0)
+        out = tl.sum(v.to(tl.float32) * weight[:, None], 0) / total
+        tl.store(OUT + index * DV + e, out, mask=e < DV)
+        tl.store(LSE + index, largest + tl.log(total))
 
 
 @triton.jit
-def _combine_kernel(
-    PARTS, PART_LSE, OUT, LSE, COUNT, DV: tl.constexpr, COUNT_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr
-):
+def _combine_kernel(PARTS, PART_LSE, OUT, LSE, COUNT, DV: tl.constexpr, COUNT_WIDTH: tl.constexpr, TILE: tl.constexpr):
     index = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, COUNT_WIDTH)
-    e = tl.arange(0, VALUE_WIDTH)
+    e = tl.program_id(1) * TILE + tl.arange(0, TILE)
     x = tl.load(PART_LSE + index * COUNT + n, mask=n < COUNT, other=float("-inf"))
     largest = tl.max(x, 0)
     safe = tl.where(largest == float("-inf"), 0.0, largest)
@@ -129,8 +136,8 @@ def fused_decode(
         *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
         H // G, D, DV, *widths, key_positions is not None, BLOCK, FIELDS,
     )  # fmt: skip
-    _combine_kernel[(B * H,)](
-        parts, part_lse, output, lse, count, DV, triton.next_power_of_2(count), widths[1]
+    _combine_kernel[B * H, triton.cdiv(DV, VALUES)](
+        parts, part_lse, output, lse, count, DV, triton.next_power_of_2(count), VALUES
     )  # fmt: skip
     return output, lse
 

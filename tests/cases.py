@@ -1,0 +1,96 @@
+"""Generated attention problems: patterns, shapes, padding, packing, static caches."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_dilated import DilatedConfig, reference
+
+
+@dataclass
+class Case:
+    config: DilatedConfig
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """The same problem in another dtype, with inputs that take gradients."""
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in (self.query, self.key, self.value))
+        return Case(self.config, q, k, v, self.options)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> DilatedConfig:
+    once = draw(st.booleans())
+    branches = draw(st.integers(1, 4))
+    if once:
+        segments, rates = [draw(st.sampled_from([1, 2, 3, 4, 6, 8]))], [1]
+        for _ in range(branches - 1):
+            segments.append(segments[-1] * draw(st.integers(1, 4)))
+            rates.append(
+                rates[-1] * draw(st.sampled_from([k for k in (1, 2, 3, 4) if segments[-1] % (rates[-1] * k) == 0]))
+            )
+    else:
+        segments = draw(st.lists(st.integers(1, 16), min_size=branches, max_size=branches))
+        rates = draw(st.lists(st.integers(1, 5), min_size=branches, max_size=branches))
+    return DilatedConfig(
+        segment_lengths=tuple(segments),
+        dilation_rates=tuple(rates),
+        overlap="once" if once else "count",
+        offset=draw(st.sampled_from(["head", "kv_head"] if once else ["head", "kv_head", "grouped"])),
+        sink_tokens=draw(st.sampled_from([0, 0, 1, 3])),
+        phase=draw(st.sampled_from(["none", "alternate"])),
+        rotate=draw(st.booleans()),
+    )
+
+
+def _tensor(draw: st.DrawFn, rows: int, heads: int, tokens: int, size: int) -> Tensor:
+    """Random numbers in one of the two memory layouts that models use."""
+    if draw(st.booleans()):
+        return torch.randn(rows, heads, tokens, size, dtype=torch.float64)
+    return torch.randn(rows, tokens, heads, size, dtype=torch.float64).transpose(1, 2)
+
+
+def _padding(draw: st.DrawFn, rows: int, keys: int) -> Tensor:
+    kind = draw(st.sampled_from(["left", "right", "scattered"]))
+    if kind == "scattered":
+        return torch.rand(rows, keys) < 0.7
+    cut = torch.tensor([[draw(st.integers(0, keys))] for _ in range(rows)])
+    return torch.arange(keys) >= cut if kind == "left" else torch.arange(keys) < cut
+
+
+def _packing(draw: st.DrawFn, rows: int, keys: int) -> Tensor:
+    position_ids = torch.arange(keys).repeat(rows, 1)
+    for row in range(rows):
+        for start in draw(st.lists(st.integers(0, keys - 1), max_size=4)):
+            position_ids[row, start:] = torch.arange(keys - start)
+    return position_ids
+
+
+@st.composite
+def cases(draw: st.DrawFn, longest: int = 40, head_size: int = 4) -> Case:
+    torch.manual_seed(draw(st.integers(0, 1 << 16)))
+    kv_heads, repeats = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 4, 7]))
+    rows, keys = draw(st.integers(1, 3)), draw(st.integers(1, longest))
+    queries = draw(st.one_of(st.just(keys), st.integers(1, keys)))
+    options: dict[str, Any] = {"is_causal": draw(st.booleans()), "layer": draw(st.integers(0, 5))}
+    layout = draw(st.sampled_from(["plain", "padded", "packed", "padded and packed", "static cache"]))
+    if "padded" in layout:
+        options["attention_mask"] = _padding(draw, rows, keys)
+    if "packed" in layout:
+        position_ids = _packing(draw, rows, keys)
+        options["position_ids"] = draw(st.sampled_from([position_ids, position_ids[:, keys - queries :]]))
+    slots = keys
+    if layout == "static cache":
+        slots += draw(st.integers(1, 5))
+        written = reference.positions(rows, queries, keys, None, None)
+        options["key_positions"] = torch.cat([written, torch.full((rows, slots - keys), -2)], dim=1)
+    query = _tensor(draw, rows, kv_heads * repeats, queries, head_size)
+    key, value = (_tensor(draw, rows, kv_heads, slots, head_size) for _ in range(2))
+    key[:, :, keys:] = value[:, :, keys:] = 1e6  # nobody may look at slots that are not written
+    return Case(draw(configs()), query, key, value, options)

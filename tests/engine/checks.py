@@ -1,0 +1,31 @@
+"""Holding the engine against the oracle."""
+
+import torch
+from torch import Tensor
+
+from hf_dilated import dilated_attention, reference
+from tests.cases import Case
+
+
+def assert_equals_oracle(case: Case, dtype: torch.dtype, tolerance: float) -> None:
+    """Compare output, LSE and gradients; errors are relative to the largest entry, at least to 1."""
+    ours, exact = case.to(dtype), case.to(torch.float64)
+    output, lse = dilated_attention(ours.query, ours.key, ours.value, ours.config, return_lse=True, **ours.options)
+    expected, expected_lse = reference.dilated_attention(
+        exact.query, exact.key, exact.value, exact.config, return_lse=True, **exact.options
+    )
+    assert not lse.requires_grad
+    assert torch.equal(lse.isneginf(), expected_lse.isneginf())
+    _assert_close(output, expected, tolerance, "output")
+    _assert_close(lse.clamp(min=-1e9), expected_lse.clamp(min=-1e9), tolerance, "lse")
+    grad = torch.randn_like(expected)
+    grads = torch.autograd.grad(output, (ours.query, ours.key, ours.value), grad.to(dtype))
+    expected_grads = torch.autograd.grad(expected, (exact.query, exact.key, exact.value), grad.to(dtype).double())
+    for name, found, right in zip(("query", "key", "value"), grads, expected_grads, strict=True):
+        _assert_close(found, right, tolerance, f"gradient of the {name}")
+
+
+def _assert_close(found: Tensor, right: Tensor, tolerance: float, what: str) -> None:
+    assert found.shape == right.shape
+    error = ((found.double() - right).abs().max() / right.abs().max().clamp(min=1)).item() if right.numel() else 0.0
+    assert error <= tolerance, f"{what} is off by {error:.1e}"
