@@ -4,8 +4,10 @@ Planning needs the positions of the keys on the host, so these operators read th
 ``hf_dilated::decode`` serves a single causal query and synchronises nothing.
 """
 
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,7 +128,8 @@ class _Batch:
         if key_positions is None:
             self.layout = Layout(Documents.whole_rows(*self.shape))
         else:
-            self.layout = layout_from_positions(key_positions.cpu().numpy(), query.shape[2])
+            host = key_positions.cpu().numpy()
+            self.layout = _layout(host.tobytes(), host.dtype, host.shape, query.shape[2])
         self.pattern = pattern
         self.is_causal = is_causal
 
@@ -151,6 +154,12 @@ class _Batch:
     def put_back_key(self, x: Tensor) -> Tensor:
         """Spread (1, G, T, …) over (B, G, M, …)."""
         return _spread(x, self.layout.key_index, self.shape[0], self.shape[2], 0.0)
+
+
+@lru_cache(maxsize=8)
+def _layout(positions: bytes, dtype: np.dtype[Any], shape: tuple[int, int], queries: int) -> Layout:
+    """Layers share a layout; positions are compared by value, since buffers of a compiled graph are reused."""
+    return layout_from_positions(np.frombuffer(positions, dtype).reshape(shape).astype(np.int64), queries)
 
 
 def _bring_together(x: Tensor, index: Any) -> Tensor:
