@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_dilated.engine.execute import HAS_TRITON
+from hf_dilated.engine.execute import HAS_TRITON, runs_fused
 from hf_dilated.engine.streamed import wide
 from hf_dilated.patterns import DensePattern, DilatedPattern
 
@@ -36,7 +36,7 @@ def decode(
     Returns:
         Output (B, H, 1, Dv) and LSE (B, H, 1).
     """
-    if runs_fused(query, pattern):
+    if isinstance(pattern, DilatedPattern) and runs_fused(query):
         return fused_decode(query, key, value, key_positions, pattern, scale)
     B, H, _, _ = query.shape
     G, M = key.shape[1:3]
@@ -52,11 +52,6 @@ def decode(
     weights = torch.where(is_seen, (scores - lse).exp(), 0)
     v = torch.where(is_seen.unsqueeze(-1), v.to(wide(v.dtype)), 0)
     return (weights.unsqueeze(2) @ v).to(query.dtype), lse
-
-
-def runs_fused(query: Tensor, pattern: DensePattern | DilatedPattern) -> bool:
-    """Whether a Triton kernel reads the keys where they lie."""
-    return HAS_TRITON and query.is_cuda and query.element_size() <= 4 and isinstance(pattern, DilatedPattern)
 
 
 def _slots(

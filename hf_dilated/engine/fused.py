@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_dilated.engine.plan import Selection
+from hf_dilated.engine.plan import Selection, View
 
 TILE = 32
 
@@ -107,7 +107,7 @@ class FusedOutput:
     def add(self, selection: Selection, part: Tensor, part_lse: Tensor, is_first: bool) -> None:
         """Take a part (n, h, L, D) with LSE (n, h, L), or (T, h, D) with (T, h)."""
         _, N, H, D = self.shape
-        if self.output is None and _covers(selection, part, self.shape):
+        if self.output is None and selection.view is not None and _covers(selection.view, part, self.shape):
             self.output = part.transpose(1, 2).view(self.shape)
             view = selection.view.of(self.lse)
             view.copy_(part_lse.transpose(1, 2).reshape(view.shape))
@@ -137,7 +137,7 @@ class FusedGradient:
 
     def add(self, selection: Selection, part: Tensor) -> None:
         """Take a part (n, h, L, D) or (T, h, D)."""
-        if self.total is None and _covers(selection, part, self.shape):
+        if self.total is None and selection.view is not None and _covers(selection.view, part, self.shape):
             self.total = part.transpose(1, 2).view(self.shape)
             return
         if self.total is None:
@@ -154,14 +154,9 @@ class FusedGradient:
         return total.transpose(1, 2)
 
 
-def _covers(selection: Selection, part: Tensor, shape: tuple[int, ...]) -> bool:
+def _covers(view: View, part: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a part is the whole result, token by token."""
-    return (
-        selection.view is not None
-        and selection.view.step == 1
-        and part.numel() == math.prod(shape)
-        and part.transpose(1, 2).is_contiguous()
-    )
+    return view.step == 1 and part.numel() == math.prod(shape) and part.transpose(1, 2).is_contiguous()
 
 
 def _count(part: Tensor) -> int:
@@ -170,4 +165,6 @@ def _count(part: Tensor) -> int:
 
 def _strides(part: Tensor) -> tuple[int, int, int]:
     """Strides of sequence, head and token of a part (n, h, L, D) or (T, h, D)."""
-    return part.stride()[:3] if part.ndim == 4 else (0, part.stride(1), part.stride(0))
+    if part.ndim == 3:
+        return 0, part.stride(1), part.stride(0)
+    return part.stride(0), part.stride(1), part.stride(2)

@@ -107,10 +107,15 @@ class Call:
     def packed_lengths(self, device: torch.device) -> PackedLengths:
         """Cumulative lengths for a kernel that takes sequences side by side."""
         if device not in self._lengths:
-            sides = (self.query.lengths, self.key.lengths)
-            starts = [torch.from_numpy(np.append(0, np.cumsum(side)).astype(np.int32)).to(device) for side in sides]
-            self._lengths[device] = PackedLengths(*starts, *(int(side.max()) for side in sides))
+            query, key = self.query.lengths, self.key.lengths
+            self._lengths[device] = PackedLengths(
+                _starts(query, device), _starts(key, device), int(query.max()), int(key.max())
+            )
         return self._lengths[device]
+
+
+def _starts(lengths: Integers, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)).to(device)
 
 
 @dataclass(frozen=True, eq=False)
