@@ -11,6 +11,7 @@ from hf_dilated.config import DilatedConfig
 from hf_dilated.functional import attend
 from hf_dilated.integration.documents import shared_positions
 from hf_dilated.integration.layers import module_pattern
+from hf_dilated.integration.masks import FORMS
 from hf_dilated.integration.packing import BOUNDARIES, WITHOUT_CHECK, check_boundaries
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.patterns import DensePattern, DilatedPattern
@@ -21,6 +22,7 @@ WITHOUT_MEANING = frozenset(
         *BOUNDARIES,  # checked against the positions
         *WITHOUT_CHECK,
         "cache_position",
+        "logits_to_keep",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
@@ -58,8 +60,9 @@ def dilated_attention_forward(
         query: (B, H, N, D).
         key: (B, G, M, D); query head h reads head ``h // (H / G)``.
         value: (B, G, M, Dv).
-        attention_mask: What :func:`hf_dilated.integration.masks.position_mask` returned.
-        is_causal: None takes the module's own.
+        attention_mask: What :func:`hf_dilated.integration.masks.position_mask` returned; it decides about causality,
+            as the masks of every other backend do. None if the model asks for no mask.
+        is_causal: Without a mask; None takes the module's own.
         sliding_window: The layer's window; the layer stays dense within it.
         s_aux: (H,) learned sink logits.
 
@@ -70,13 +73,11 @@ def dilated_attention_forward(
         UnsupportedError: For every argument that cannot be honoured exactly.
     """
     _check_options(module, dropout, softcap, options)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+    is_causal = causality(module, attention_mask, is_causal)
     _check_lengths(module, query, key, attention_mask, is_causal)
     key_positions = _key_positions(query, key, attention_mask, options.get("position_ids"))
     check_boundaries(options, key_positions, key.shape[0], key.shape[2])
-    stored = repr(getattr(module.config, "hf_dilated", None))
-    pattern = module_pattern(module, getattr(module, "layer_idx", None), sliding_window, stored)
+    pattern = module_pattern(module, sliding_window)
     _warn_if_long(pattern, key.shape[2], key_positions)
     query, key, value = _autocast(query, key, value)
     output = attend(
@@ -91,6 +92,23 @@ def dilated_attention_forward(
     )
     assert isinstance(output, Tensor)  # the log-sum-exp was not asked for
     return output.transpose(1, 2).contiguous(), None
+
+
+def causality(module: nn.Module, attention_mask: Tensor | None, is_causal: bool | None) -> bool:
+    """Whether tokens see only earlier ones; arguments as in :func:`dilated_attention_forward`.
+
+    Raises:
+        UnsupportedError: If the mask is not one of :func:`hf_dilated.integration.masks.position_mask`.
+    """
+    if attention_mask is not None:
+        if attention_mask.ndim != 4 or attention_mask.shape[1:3] != (1, 1) or attention_mask.dtype not in FORMS:
+            raise UnsupportedError(
+                f"attention_mask is a {attention_mask.dtype} tensor of shape {tuple(attention_mask.shape)}: a mask for "
+                "pairs of tokens is dense attention. Pass the padding mask (batch, tokens), or documents as "
+                "position_ids"
+            )
+        return FORMS[attention_mask.dtype].is_causal
+    return bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
 
 
 def _check_options(module: nn.Module, dropout: float, softcap: float | None, options: dict[str, Any]) -> None:
@@ -121,14 +139,8 @@ def _check_lengths(
             f"{type(module).__name__} attends with {N} queries to {M} keys of another sequence: cross-attention and "
             'prefix tuning of encoders are not supported. Use attn_implementation="sdpa"'
         )
-    if attention_mask is None:
+    if attention_mask is None or not FORMS[attention_mask.dtype].has_positions:
         return
-    ours = attention_mask.ndim == 4 and attention_mask.dtype == torch.int64 and attention_mask.shape[1:3] == (1, 1)
-    if not ours:
-        raise UnsupportedError(
-            f"attention_mask is a {attention_mask.dtype} tensor of shape {tuple(attention_mask.shape)}: a mask for "
-            "pairs of tokens is dense attention. Pass the padding mask (batch, tokens), or documents as position_ids"
-        )
     if attention_mask.shape[3] != M or attention_mask.shape[0] not in (1, B):
         raise UnsupportedError(
             f"attention_mask covers {attention_mask.shape[0]} rows of {attention_mask.shape[3]} keys, but "
@@ -140,6 +152,8 @@ def _key_positions(query: Tensor, key: Tensor, attention_mask: Tensor | None, po
     B, N, M = query.shape[0], query.shape[2], key.shape[2]
     if not isinstance(position_ids, Tensor) or position_ids.shape not in ((B, N), (1, N)):
         position_ids = None  # of images and sound: they number no tokens
+    if attention_mask is not None and not FORMS[attention_mask.dtype].has_positions:
+        attention_mask = None
     return shared_positions(attention_mask, position_ids, B, N, M)
 
 

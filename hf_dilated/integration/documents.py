@@ -80,7 +80,7 @@ def _unchanged(asked: list[tuple[weakref.ref[Tensor], int | None]], tensors: lis
 
 
 def _positions(mask: Tensor | None, position_ids: Tensor | None, batch: int, keys: int) -> Tensor | None:
-    positions = None if mask is None else mask[:, 0, 0].expand(batch, keys)
+    positions = None if mask is None else mask[:, 0, 0].long().expand(batch, keys)
     if position_ids is None:
         return positions
     whole = torch.arange(keys).expand(batch, keys) if positions is None else positions.cpu()

@@ -1,7 +1,9 @@
 """Which pattern a layer of a model runs."""
 
+import ast
+import functools
+from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -110,16 +112,56 @@ def _check_window_is_known(config: Any, types: list[str] | None, layer_idx: int 
         )
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, DilatedPattern | DensePattern]] = WeakKeyDictionary()
+def module_pattern(module: nn.Module, sliding_window: int | None) -> DilatedPattern | DensePattern:
+    """Return the pattern of an attention module.
+
+    While ``torch.compile`` traces, only plain values can be handed to what it takes for a constant, so what
+    :func:`layer_pattern` reads of the configuration is read here; the compiled graph depends on these values.
+    """
+    config: Any = module.config
+    stored = getattr(config, "hf_dilated", None)
+    positions, heads, types, window, uses_window = None, None, getattr(config, "layer_types", None), None, True
+    if not isinstance(stored, dict) or stored.get("dilated") is None:
+        text_config = config.get_text_config() if config.sub_configs else config
+        positions = getattr(text_config, "max_position_embeddings", None)
+        heads = getattr(text_config, "num_attention_heads", None)
+    if types is None:
+        window, uses_window = getattr(config, "sliding_window", None), getattr(config, "use_sliding_window", True)
+    else:
+        types = tuple(types)
+    layer_idx = getattr(module, "layer_idx", None)
+    return _constant_pattern(
+        type(config).__name__, repr(stored), positions, heads, types, window, uses_window, layer_idx, sliding_window
+    )
 
 
 @torch._dynamo.assume_constant_result
-def module_pattern(
-    module: nn.Module, layer_idx: int | None, sliding_window: int | None, stored: str
+def _constant_pattern(*values: Any) -> DilatedPattern | DensePattern:
+    return _pattern_from_values(*values)
+
+
+@functools.cache
+def _pattern_from_values(
+    name: str,
+    stored: str,
+    positions: int | None,
+    heads: int | None,
+    types: tuple[str, ...] | None,
+    window: int | None,
+    uses_window: bool | None,
+    layer_idx: int | None,
+    sliding_window: int | None,
 ) -> DilatedPattern | DensePattern:
-    """Return the pattern of a module; ``stored``, the text of its ``config.hf_dilated``, dates the answer."""
-    key = (layer_idx, sliding_window, stored)
-    known = _KNOWN.get(module)
-    if known is None or known[0] != key:
-        known = _KNOWN[module] = key, layer_pattern(module.config, layer_idx, sliding_window)
-    return known[1]
+    try:
+        hf_dilated = ast.literal_eval(stored)
+    except (ValueError, SyntaxError) as error:
+        raise ConfigError(f"hf_dilated: expected plain numbers, strings and lists, got {stored}") from error
+    config = type(name, (SimpleNamespace,), {})(  # the name appears in errors
+        hf_dilated=hf_dilated,
+        layer_types=types,
+        sliding_window=window,
+        use_sliding_window=uses_window,
+        max_position_embeddings=positions,
+        num_attention_heads=heads,
+    )
+    return layer_pattern(config, layer_idx, sliding_window)

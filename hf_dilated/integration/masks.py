@@ -1,9 +1,10 @@
 """The mask function: not a mask, but where every key slot stands in its document.
 
 It returns (B, 1, 1, M) integers: the position ``p`` of the token in each key slot, -1 for padding, -2 for a slot that
-is not written yet; the queries are the last N written slots. It returns None where every slot holds a token of one
-document and the queries are the last N. Transformers calls it once a forward and kind of layer, and all such layers
-share the result.
+is not written yet; the queries are the last N written slots. Where every slot holds a token of one document and the
+queries are the last N, the numbers are all 0 and mean nothing. The dtype tells these two apart, and causal masks from
+bidirectional ones: it is known while ``torch.compile`` traces. Transformers calls the function once a forward and kind
+of layer, and all such layers share the result.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,24 @@ from hf_dilated.integration.support import UnsupportedError, check_model
 PADDING, NOT_WRITTEN = -1, -2
 MaskFunction = Callable[..., Any]
 # Arguments that only choose between forms of a dense mask.
-DENSE_ONLY = frozenset({"dtype", "allow_is_causal_skip", "allow_is_bidirectional_skip", "allow_torch_fix"})
+BIDIRECTIONAL_OPTION = "allow_is_bidirectional_skip"  # of the builders of bidirectional masks, of no others
+DENSE_ONLY = frozenset({"dtype", "allow_is_causal_skip", BIDIRECTIONAL_OPTION, "allow_torch_fix"})
+
+
+class Form(NamedTuple):
+    """What the dtype of a mask says."""
+
+    is_causal: bool
+    has_positions: bool
+
+
+FORMS = {
+    torch.int64: Form(is_causal=True, has_positions=True),
+    torch.int32: Form(is_causal=False, has_positions=True),
+    torch.int16: Form(is_causal=True, has_positions=False),
+    torch.int8: Form(is_causal=False, has_positions=False),
+}
+DTYPES = {form: dtype for dtype, form in FORMS.items()}
 
 
 class Meaning(NamedTuple):
@@ -44,7 +62,7 @@ def position_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **options: Any,
-) -> Tensor | None:
+) -> Tensor:
     """Say where every key slot stands; registered with Transformers as the mask function of the backends.
 
     Args:
@@ -55,8 +73,9 @@ def position_mask(
         config: Configuration of the model that asks.
 
     Returns:
-        Positions (B, 1, 1, M), int64: on the CPU for several queries, because the engine plans there (the only
-        synchronisation of a forward), and on ``device`` for one query. None for whole documents without padding.
+        Positions (B, 1, 1, M) in a dtype of :data:`FORMS`: on the CPU for several queries, because the engine plans
+        there (the only synchronisation of a forward), and on ``device`` for one query. Whole documents without
+        padding: zeros (1, 1, 1, M) that take no memory.
 
     Raises:
         UnsupportedError: If the model bypasses the backend, or the mask means something else.
@@ -68,13 +87,14 @@ def position_mask(
     tracing = torch.compiler.is_compiling()
     if tracing:
         may_be_packed = attention_mask is None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
-        meaning = _meaning_while_tracing(mask_function, config, local_size, use_vmap, may_be_packed)
+        is_causal = BIDIRECTIONAL_OPTION not in options
+        meaning = _meaning_while_tracing(mask_function, config, local_size, use_vmap, is_causal, may_be_packed)
     else:
         meaning = _meaning(mask_function)
     _check_shape(meaning, attention_mask, q_length, kv_length, kv_offset)
     if attention_mask is None and not meaning.is_packed and isinstance(q_offset, int):
         if kv_offset + kv_length == q_offset + q_length:
-            return None
+            return _whole(meaning, kv_length)
         device = device if q_length == 1 else "cpu"  # nothing has to be fetched
     if meaning.is_packed:
         position = _packed_positions(mask_function, batch_size, q_length, device)
@@ -85,8 +105,13 @@ def position_mask(
         if meaning.is_windowed and not tracing:
             _check_gaps(position)
         if not tracing and torch.equal(position, torch.arange(kv_length).expand_as(position)):
-            return None
-    return position[:, None, None, :]
+            return _whole(meaning, kv_length)
+    return position[:, None, None, :].to(DTYPES[Form(meaning.is_causal, has_positions=True)])
+
+
+def _whole(meaning: Meaning, kv_length: int) -> Tensor:
+    dtype = DTYPES[Form(meaning.is_causal, has_positions=False)]
+    return torch.zeros((), dtype=dtype).expand(1, 1, 1, kv_length)
 
 
 def _positions(
@@ -196,19 +221,20 @@ def _words(function: MaskFunction) -> frozenset[str]:
 
 
 def _meaning_while_tracing(
-    function: MaskFunction, config: Any, local_size: int | None, use_vmap: bool, may_be_packed: bool
+    function: MaskFunction, config: Any, local_size: int | None, use_vmap: bool, is_causal: bool, may_be_packed: bool
 ) -> Meaning:
     """The same while ``torch.compile`` traces, where a closure cannot be looked into.
 
     Transformers then always takes position ids for possible documents, so every union may be a packed one; its
-    arguments say whether somebody has added a mask function, and a window and chunks exclude each other.
+    arguments say whether somebody has added a mask function and whether the union is causal, and a window and chunks
+    exclude each other.
     """
     if function is masking_utils.causal_mask_function or function is masking_utils.bidirectional_mask_function:
         return Meaning(function is masking_utils.causal_mask_function, is_windowed=False, is_packed=False)
     is_chunked = local_size is not None and getattr(config, "attention_chunk_size", None) is not None
     if use_vmap or is_chunked or _code(function) is not BOTH:
         raise _not_understood(function)
-    return Meaning(is_causal=True, is_windowed=local_size is not None, is_packed=may_be_packed)
+    return Meaning(is_causal=is_causal, is_windowed=local_size is not None, is_packed=may_be_packed)
 
 
 def _captured(function: MaskFunction) -> dict[str, Any]:

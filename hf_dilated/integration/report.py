@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from hf_dilated.config import ConfigError, DilatedConfig
-from hf_dilated.integration.attention import dilated_attention_forward
+from hf_dilated.integration.attention import causality, dilated_attention_forward
 from hf_dilated.integration.layers import dilated_config, layer_pattern
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.support import UnsupportedError, check_model
@@ -206,14 +206,13 @@ def _record(model: PreTrainedModel) -> list[_Call]:
             dilated_attention_forward(module, _real(query), _real(key), _real(value), mask, **known)
         except UnsupportedError as refusal:
             error = refusal
-        is_causal = options.get("is_causal")
         calls.append(
             _Call(
                 name=names.get(module, type(module).__name__),
                 module=module,
                 heads=query.shape[1],
                 kv_heads=key.shape[1],
-                is_causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
+                is_causal=causality(module, None if error else attention_mask, options.get("is_causal")),
                 sliding_window=options.get("sliding_window"),
                 error=error,
             )

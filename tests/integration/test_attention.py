@@ -11,6 +11,7 @@ from hf_dilated.functional import attend
 from hf_dilated.integration.attention import dilated_attention_forward
 from hf_dilated.integration.documents import shared_positions
 from hf_dilated.integration.layers import layer_pattern, ordinal
+from hf_dilated.integration.masks import DTYPES, Form
 from hf_dilated.patterns import DensePattern, DilatedPattern
 from tests.tiny_models import tiny_config
 
@@ -48,6 +49,17 @@ def test_causality_is_the_arguments_before_the_modules(by_argument, by_module):
     output, _ = dilated_attention_forward(Module(is_causal=by_module), query, key, value, None, is_causal=by_argument)
     is_causal = by_module if by_argument is None else by_argument
     expected = dilated_attention(query, key, value, PATTERN, is_causal=is_causal)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("by_mask", [True, False])
+@pytest.mark.parametrize("has_positions", [True, False])
+def test_a_mask_decides_about_causality(by_mask, has_positions):
+    query, key, value = heads()
+    mask = torch.arange(12).view(1, 1, 1, 12).to(DTYPES[Form(by_mask, has_positions)])
+    module = Module(is_causal=not by_mask)
+    output, _ = dilated_attention_forward(module, query, key, value, mask, is_causal=not by_mask)
+    expected = dilated_attention(query, key, value, PATTERN, is_causal=by_mask)
     torch.testing.assert_close(output, expected.transpose(1, 2))
 
 

@@ -12,7 +12,7 @@ from transformers import (
     masking_utils,
 )
 
-from hf_dilated.integration.masks import position_mask
+from hf_dilated.integration.masks import FORMS, position_mask
 from hf_dilated.integration.support import UnsupportedError
 
 CONFIG = LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, attn_implementation="dilated")
@@ -41,18 +41,28 @@ def static(length, slots=8):
 
 
 def rows(mask):
-    assert mask.dtype == torch.int64
+    assert FORMS[mask.dtype].has_positions
     assert mask.shape[1:3] == (1, 1)
     return mask[:, 0, 0].tolist()
 
 
+def is_whole(mask):
+    return mask.shape[:3] == (1, 1, 1) and not FORMS[mask.dtype].has_positions
+
+
 def test_whole_documents_need_no_positions():
-    assert build(5) is None
-    assert build(5, mask=[[1] * 5]) is None
-    assert build(3, cache=filled(DynamicCache(), 4)) is None
-    assert build(1, cache=filled(DynamicCache(), 4)) is None
-    assert build(3, mask=[[1] * 7], cache=filled(DynamicCache(), 4)) is None
-    assert build(5, builder=masking_utils.create_bidirectional_mask) is None
+    assert is_whole(build(5))
+    assert is_whole(build(5, mask=[[1] * 5]))
+    assert is_whole(build(3, cache=filled(DynamicCache(), 4)))
+    assert is_whole(build(1, cache=filled(DynamicCache(), 4)))
+    assert is_whole(build(3, mask=[[1] * 7], cache=filled(DynamicCache(), 4)))
+    assert is_whole(build(5, builder=masking_utils.create_bidirectional_mask))
+
+
+@pytest.mark.parametrize("mask", [None, [[1, 1, 1, 0]]])
+def test_masks_say_whether_tokens_see_the_future(mask):
+    assert FORMS[build(4, mask=mask).dtype].is_causal
+    assert not FORMS[build(4, mask=mask, builder=masking_utils.create_bidirectional_mask).dtype].is_causal
 
 
 def test_padding_has_no_position():
@@ -87,7 +97,7 @@ def test_a_cache_that_keeps_a_window_counts_from_its_first_slot():
     config = MistralConfig(sliding_window=4, num_hidden_layers=1, attn_implementation="dilated")
     cache = filled(DynamicCache(config=config), 9)
     options = {"cache": cache, "builder": masking_utils.create_sliding_window_causal_mask, "config": config}
-    assert build(1, **options) is None
+    assert is_whole(build(1, **options))
     assert rows(build(1, mask=[[0] * 7 + [1] * 3], **options)) == [[-1, 0, 1, 2]]
 
 
