@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 
 class UnsupportedError(ValueError):
@@ -18,7 +18,8 @@ def check_model(config: Any) -> None:
     """Refuse configurations whose models do not hand all of their attention to the backend.
 
     Raises:
-        UnsupportedError: For encoder-decoders, cross-attention and models that bypass the attention interface.
+        UnsupportedError: For encoder-decoders, cross-attention, models that choose the keys of each query by an
+            indexer, and models that bypass the attention interface.
     """
     for option in ("is_encoder_decoder", "add_cross_attention"):
         if getattr(config, option, False):
@@ -26,6 +27,11 @@ def check_model(config: Any) -> None:
                 f"{type(config).__name__} has {option}=True: cross-attention has no positions that a pattern could "
                 'use. Load this model with attn_implementation="sdpa"'
             )
+    if index_topk := getattr(config, "index_topk", None):
+        raise UnsupportedError(
+            f"{type(config).__name__} has index_topk={index_topk}: an indexer of the model chooses the keys of every "
+            'query, so there is no place for a pattern. Load this model with attn_implementation="sdpa"'
+        )
     if not uses_attention_interface(type(config)):
         raise UnsupportedError(
             f"the model of {type(config).__name__} computes its attention itself and would ignore this backend. "
@@ -35,7 +41,7 @@ def check_model(config: Any) -> None:
 
 @torch._dynamo.assume_constant_result
 def uses_attention_interface(config_class: type) -> bool:
-    """Whether the loaded model classes of a configuration class call Transformers' attention interface.
+    """Whether the model classes of a configuration class call Transformers' attention interface.
 
     Models that do not (Bloom, CodeGen, XGLM, DeBERTa, MPNet, …) accept the name of any backend in silence.
 
@@ -48,6 +54,9 @@ def uses_attention_interface(config_class: type) -> bool:
         return True
     classes = [model for model in _model_classes(PreTrainedModel) if model.config_class is config_class]
     bases = [model for model in classes if PreTrainedModel in model.__bases__]
+    if not classes:  # not loaded yet, or another family's: InternLM3 runs the model of Llama
+        mapped = AutoModel._model_mapping.get(config_class, None)
+        classes = [mapped] if isinstance(mapped, type) else []
     uses_it = any(model._can_set_attn_implementation() for model in bases or classes)
     if uses_it:
         _INTERFACE_USERS.add(config_class)

@@ -1,5 +1,8 @@
 """What cannot be done exactly raises, and says what and why."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers as tf
@@ -39,6 +42,28 @@ def test_models_that_keep_their_attention_in_silence_are_known():
         assert not uses_attention_interface(model.config_class)
     for model in (tf.LlamaModel, tf.ViTModel, tf.ModernBertModel):
         assert uses_attention_interface(model.config_class)
+
+
+def test_a_family_with_the_model_of_another_uses_the_interface_of_that_one():
+    if not hasattr(tf, "InternLM3Config"):
+        pytest.skip("newer Transformers")
+    assert uses_attention_interface(tf.InternLM3Config)
+
+
+def test_a_family_is_known_before_its_model_is_loaded():
+    code = (
+        "from hf_dilated.integration.support import uses_attention_interface as uses;"
+        "from transformers import BloomConfig, LlamaConfig;"
+        "assert uses(LlamaConfig) and not uses(BloomConfig)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_indexer_of_the_model():
+    model = tiny_model("llama", "dilated")
+    model.config.index_topk = 4
+    with pytest.raises(UnsupportedError, match="index_topk=4: an indexer of the model"):
+        model(tokens(1, 8))
 
 
 def test_encoder_decoders():
@@ -149,6 +174,10 @@ def test_unknown_arguments_are_named(name):
     call(**{name: False})
     with pytest.raises(UnsupportedError, match=f"^{name}: "):
         call(**{name: torch.ones(1)})
+
+
+def test_an_argument_of_the_head_means_nothing_to_attention():
+    call(logits_to_keep=1)
 
 
 @pytest.mark.parametrize(("queries", "keys", "causal"), [(3, 6, False), (6, 3, True), (6, 3, False)])
