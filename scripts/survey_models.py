@@ -3,7 +3,8 @@
     python scripts/survey_models.py
     python scripts/survey_models.py --only llama,bert
 
-Writes a table: which families work, which are refused and why.
+Writes a table at the end of ``docs/models.md``: which families work, which are refused and why. With ``--only`` it
+prints the rows instead.
 The exit status is 1 if a family fails or is silently wrong.
 """
 
@@ -36,6 +37,7 @@ KINDS = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "masked": MODEL_FOR_MASKED
 SECONDS = 20  # of one core; ten times as long by the clock
 BYTES = 8 << 30
 AT_ONCE = 2
+HEADING = "## Every family"
 
 Row = dict[str, Any]
 
@@ -55,13 +57,15 @@ def main(
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     rows = run_all(families, cache, fresh=fresh)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(table(rows))
+    if wanted:
+        typer.echo(table(rows))
+    else:
+        write(rows, output)
+        typer.echo(f"Table: {output}")
     typer.echo(summary(rows))
     bugs = [row for row in rows if row["status"] in BUGS]
     for row in bugs:
         typer.echo(f"{row['family']} ({row['kind']}) {row['status']}: {row['why']}")
-    typer.echo(f"Table: {output}")
     raise typer.Exit(1 if bugs else 0)
 
 
@@ -152,10 +156,17 @@ def summary(rows: list[Row]) -> str:
     return f"{len(rows)} families: " + ", ".join(f"{count[status]} {status}" for status in STATUSES if count[status])
 
 
+def write(rows: list[Row], page: Path) -> None:
+    """Replace the last section of a page, from its heading on."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    text = page.read_text() if page.exists() else ""
+    page.write_text(text.partition(f"{HEADING}\n")[0] + table(rows))
+
+
 def table(rows: list[Row]) -> str:
-    """Return the page: a summary, then a line for each family."""
+    """Return the section: a summary, then a line for each family."""
     lines = [
-        "# Model families",
+        HEADING,
         "",
         "Written by `python scripts/survey_models.py`: every causal and masked language model family of Transformers "
         f"{transformers.__version__}, as a tiny random model.",
@@ -164,7 +175,7 @@ def table(rows: list[Row]) -> str:
         "dense model is) and to padding.",
         '- **refused**: loading or running it with `attn_implementation="dilated"` raises the error that is shown.',
         "- **own attention**: the family never asks for an attention function and stays what it is; `hf-dilated info` "
-        "and `patch_model` refuse it.",
+        "refuses it.",
         "- **fails**, **silently wrong**: defects; the survey's exit status is 1 while there is one.",
         "- **not built tiny**: the survey could not make a small model that runs on tokens alone.",
         "",

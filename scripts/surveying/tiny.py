@@ -18,7 +18,8 @@ _SIZES: list[tuple[float, str]] = [
         "intermediate_size ffn_dim ffn_hidden_size n_inner d_ff decoder_ffn_dim encoder_ffn_dim hidden_dim "
         "moe_intermediate_size shared_expert_intermediate_size expert_intermediate_size shared_intermediate_size "
         "moe_shared_expert_intermediate_size dense_intermediate_size intermediate_size_mlp lru_width dim_ff "
-        "hidden_size_per_layer_input decoder_hidden_size feed_forward_size attention_hidden_size d_inner",
+        "hidden_size_per_layer_input decoder_hidden_size feed_forward_size attention_hidden_size d_inner "
+        "mamba_d_ssm",
     ),
     (
         LAYERS,
@@ -28,7 +29,8 @@ _SIZES: list[tuple[float, str]] = [
     (
         HEADS,
         "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
-        "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads linear_num_key_heads",
+        "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads linear_num_key_heads "
+        "mamba_n_heads",
     ),
     (
         KV_HEADS,
@@ -38,7 +40,8 @@ _SIZES: list[tuple[float, str]] = [
     (
         HEAD,
         "head_dim attention_head_dim kv_channels d_kv v_head_dim qk_head_dim q_lora_rank kv_lora_rank "
-        "linear_key_head_dim linear_value_head_dim qk_nope_head_dim global_head_dim index_head_dim",
+        "linear_key_head_dim linear_value_head_dim qk_nope_head_dim global_head_dim index_head_dim "
+        "mamba_d_state mamba_chunk_size",
     ),
     (8, "qk_rope_head_dim rotary_dim index_topk"),
     (
@@ -60,7 +63,8 @@ _SIZES: list[tuple[float, str]] = [
 ]
 SIZES = {name: size for size, names in _SIZES for name in names.split()}
 
-ATTENTION_IN_TWO = ["mamba", "attention"] * (LAYERS // 2)
+ATTENTION_IN_TWO = ["linear_attention", "full_attention"] * (LAYERS // 2)
+ZAMBA = {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HIDDEN // HEADS, "num_key_value_heads": HEADS}
 # Where sizes depend on one another in a family's own way.
 OWN: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": HEADS, "new_decoder_architecture": True},
@@ -68,6 +72,11 @@ OWN: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "bamba": {"attn_layer_indices": [1, 3, 5, 7]},
     "granitemoehybrid": {"layer_types": ATTENTION_IN_TWO},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
+    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "mamba2": {"num_heads": 2 * HEADS, "chunk_size": HEAD},
+    "zamba": ZAMBA,
+    "zamba2": ZAMBA | {"layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2), "chunk_size": HEAD},
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
 }
 LATENT = {"num_key_value_heads": HEADS, "head_dim": 8}  # where keys and values come from one latent vector

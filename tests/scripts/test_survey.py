@@ -45,8 +45,10 @@ def _survey(model_class: Model) -> checks.Outcome:
     return checks.survey(model_class, tiny_config(config_class, is_decoder="Masked" not in model_class.__name__))
 
 
-def _sees_everything(module: nn.Module, *arguments: object, **options: object) -> tuple[Tensor, None]:
-    return _dilated(module, *arguments, **options | {"is_causal": False})
+def _sees_everything(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: object, **options: object
+) -> tuple[Tensor, None]:
+    return _dilated(module, query, key, value, None, **options | {"is_causal": False})
 
 
 def _is_dense(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: object, **options: object) -> object:
@@ -82,6 +84,16 @@ def test_table() -> None:
     page = survey_models.table([row])
     assert "| llama | causal | LlamaForCausalLM | refused | a \\| b |" in page
     assert "1 families: 1 refused." in page
+
+
+def test_only_the_last_section_of_the_page_is_written(tmp_path: Path) -> None:
+    page = tmp_path / "models.md"
+    row = {"family": "llama", "kind": "causal", "model": "LlamaForCausalLM", "status": "works", "why": ""}
+    page.write_text("# Models\n\nBy hand.\n\n## Every family\n\n| gone |\n")
+    for _ in range(2):
+        survey_models.write([row], page)
+        assert page.read_text().startswith("# Models\n\nBy hand.\n\n## Every family\n\nWritten by")
+        assert "gone" not in page.read_text()
 
 
 def test_every_family_is_asked_for() -> None:
