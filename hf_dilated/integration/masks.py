@@ -243,7 +243,7 @@ def _captured(function: MaskFunction) -> dict[str, Any]:
 
 
 def _not_understood(function: MaskFunction) -> UnsupportedError:
-    name = getattr(function, "__qualname__", repr(function))
+    name = getattr(function, "__qualname__", "an object")
     return UnsupportedError(
         f"the model masks with {name} of {getattr(function, '__module__', 'unknown origin')}; understood are causal, "
         "bidirectional, sliding-window and packed masks without additions (image blocks, chunks and custom mask "
