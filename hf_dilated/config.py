@@ -115,8 +115,8 @@ class DilatedConfig:
 
     def dense_length(self, layer: int = 0) -> int:
         """Longest document, in tokens, that ``layer`` attends to exactly as dense attention does."""
-        if self.overlap == "count" and len(self.segment_lengths) > 1:
-            return 1
+        if self.overlap == "count" and self.dilation_rates != (1,):
+            return self.sink_tokens
         return self.sink_tokens + self.segment_lengths[0] - self.phase_of(layer)
 
     def to_dict(self) -> dict[str, Any]:
