@@ -1,22 +1,17 @@
 """The benchmark refuses wrong results, measures what it says and marks what it did not measure."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import benchmark
 import pytest
 import torch
+from benchmarking import parity, timing, variants
+from benchmarking.cases import Case, branches_for
+from benchmarking.variants import Choice, Variant
 from torch import Tensor
 from typer.testing import CliRunner, Result
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))  # as for `python scripts/benchmark.py`
-
-import benchmark  # noqa: E402
-from benchmarking import parity, timing, variants  # noqa: E402
-from benchmarking.cases import Case, branches_for  # noqa: E402
-from benchmarking.variants import Choice, Variant  # noqa: E402
 
 TINY = Case(
     device="cpu",

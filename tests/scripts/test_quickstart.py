@@ -3,15 +3,12 @@
 import importlib
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import typer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 quickstart = importlib.import_module("quickstart")
 train_base = importlib.import_module("train_base")
 

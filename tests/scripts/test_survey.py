@@ -1,19 +1,14 @@
 """The survey tells families that work from those that are refused, keep their own attention or are wrong."""
 
-import sys
 from pathlib import Path
 
 import pytest
+import survey_models
 import transformers as tf
+from surveying import checks
+from surveying.tiny import tiny_config
 from torch import Tensor, nn
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))  # as for `python scripts/survey_models.py`
-
-import survey_models  # noqa: E402
-from surveying import checks  # noqa: E402
-from surveying.tiny import tiny_config  # noqa: E402
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 Model = type[tf.PreTrainedModel]
 

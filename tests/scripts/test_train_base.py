@@ -2,15 +2,12 @@
 
 import importlib
 import json
-import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 train_base = importlib.import_module("train_base")
 
 TINY = train_base.Settings(
