@@ -19,7 +19,7 @@ TILE = 32
 @triton.jit
 def _locate(tokens, classes, heads, T, h, TILE: tl.constexpr):
     """Rows of a call that a program works on: their number, token and head."""
-    place = tl.program_id(0)
+    place = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * TILE + tl.arange(0, TILE)
     in_range = t < T
     token = tl.load(tokens + t, mask=in_range, other=0)

@@ -103,8 +103,9 @@ def _block_kernel(
         d = tl.arange(0, WIDTH)
         e = tl.arange(0, VALUE_WIDTH)
         q = tl.load(Q + row * q_row + head * q_head + d, mask=d < D, other=0.0).to(tl.float32)
-        k_base = K + row.to(tl.int64) * k_row + (head // REPEATS) * k_head
-        v_base = V + row.to(tl.int64) * v_row + (head // REPEATS) * v_head
+        kv_head = (head // REPEATS).to(tl.int64)
+        k_base = K + row.to(tl.int64) * k_row + kv_head * k_head
+        v_base = V + row.to(tl.int64) * v_row + kv_head * v_head
         k_mask = visible[:, None] & (d < D)[None, :]
         v_mask = visible[:, None] & (e < DV)[None, :]
         k = tl.load(k_base + (slot * k_slot)[:, None] + d[None, :], mask=k_mask, other=0.0)

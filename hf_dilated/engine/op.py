@@ -32,10 +32,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attend along a pattern: output (B, H, N, Dv) and LSE (B, H, N)."""
     batch = _Batch(query, key, key_positions, pattern, is_causal)
-    q, k, v = batch.query(query), batch.key(key), batch.key(value)
-    output, lse = execute.forward(batch.plan(q, k, v), q, k, v, scale)
-    output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf)
-    return _with_sink(output, lse, sink_logits)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        q, k, v = batch.query(query), batch.key(key), batch.key(value)
+        output, lse = execute.forward(batch.plan(q, k, v), q, k, v, scale)
+        output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf)
+        return _with_sink(output, lse, sink_logits)
 
 
 @attend.register_fake
@@ -56,8 +57,9 @@ def decode(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The same for one causal query, without gradients."""
-    output, lse = decoding.decode(query, key, value, key_positions, patterns.parse(pattern), scale)
-    return _with_sink(output, lse, sink_logits)
+    with torch.cuda.device_of(query):
+        output, lse = decoding.decode(query, key, value, key_positions, patterns.parse(pattern), scale)
+        return _with_sink(output, lse, sink_logits)
 
 
 @decode.register_fake
@@ -81,11 +83,12 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend` by query, key and value."""
     batch = _Batch(query, key, key_positions, pattern, is_causal)
-    q, k, v = batch.query(query), batch.key(key), batch.key(value)
-    grads = execute.backward(
-        batch.plan(q, k, v), batch.query(grad), q, k, v, batch.query(output), batch.query(lse), scale
-    )
-    return batch.put_back(grads[0], 0.0), batch.put_back_key(grads[1]), batch.put_back_key(grads[2])
+    with torch.cuda.device_of(query):
+        q, k, v = batch.query(query), batch.key(key), batch.key(value)
+        grads = execute.backward(
+            batch.plan(q, k, v), batch.query(grad), q, k, v, batch.query(output), batch.query(lse), scale
+        )
+        return batch.put_back(grads[0], 0.0), batch.put_back_key(grads[1]), batch.put_back_key(grads[2])
 
 
 @attend_backward.register_fake
