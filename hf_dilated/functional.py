@@ -96,18 +96,27 @@ def attend(
     """
     _check(query, key, value, key_positions, sink_logits)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
-    N, M = query.shape[2], key.shape[2]
     plain = key_positions is None and sink_logits is None and not return_lse
-    tracing = torch.compiler.is_compiling()  # the operator is one node for every length
-    if plain and not tracing and N == M and pattern.is_dense(M):
-        grouped = query.shape[1] != key.shape[1]
-        return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if N == 1 and is_causal and query.device.type != "cpu" and not needs_gradient:
+    if plain and not torch.compiler.is_compiling() and _is_stock(query, key, pattern, is_causal):
+        square, grouped = query.shape[2] == key.shape[2], query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal and square, scale=scale, enable_gqa=grouped
+        )
+    inputs = (query, key, value) if sink_logits is None else (query, key, value, sink_logits)
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if query.shape[2] == 1 and is_causal and query.device.type != "cpu" and not needs_gradient:
         output, lse = op.decode(query, key, value, key_positions, sink_logits, pattern.spec, scale)
         return (output, lse) if return_lse else output
     output, lse = op.attend(query, key, value, key_positions, sink_logits, pattern.spec, is_causal, scale)
     return (output, lse.detach()) if return_lse else output
+
+
+def _is_stock(query: Tensor, key: Tensor, pattern: DensePattern | DilatedPattern, is_causal: bool) -> bool:
+    """Whether torch's own attention does the same as well: one dense document, whole or its last token."""
+    N, M = query.shape[2], key.shape[2]
+    if query.is_cuda and query.dtype == torch.float32 and query.shape[1] != key.shape[1]:
+        return False  # grouped heads in float32 would run on the kernel that keeps all scores
+    return pattern.is_dense(M) and (N == M or (N == 1 and is_causal))
 
 
 def _positions(query: Tensor, key: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
@@ -118,14 +127,15 @@ def _positions(query: Tensor, key: Tensor, attention_mask: Tensor | None, positi
     if attention_mask is None:
         real = torch.ones(B, M, dtype=torch.bool, device=query.device)
     else:
-        _expect(attention_mask.shape == (B, M), f"attention_mask: expected ({B}, {M}), got {_size(attention_mask)}")
+        if attention_mask.shape != (B, M):
+            raise ValueError(f"attention_mask: expected ({B}, {M}), got {_size(attention_mask)}")
         if attention_mask.dtype != torch.bool:
             raise TypeError(f"attention_mask: expected bool, True for real tokens, got {attention_mask.dtype}")
         real = attention_mask
     starts = torch.zeros_like(real)
     if position_ids is not None:
-        expected = f"position_ids: expected ({B}, {N}) or ({B}, {M}), got {_size(position_ids)}"
-        _expect(position_ids.shape in ((B, N), (B, M)), expected)
+        if position_ids.shape not in ((B, N), (B, M)):
+            raise ValueError(f"position_ids: expected ({B}, {N}) or ({B}, {M}), got {_size(position_ids)}")
         if position_ids.dtype not in INTEGERS:
             raise TypeError(f"position_ids: expected integers, got {position_ids.dtype}")
         jumps = (position_ids[:, 1:] != position_ids[:, :-1] + 1).to(real.device)
@@ -137,26 +147,28 @@ def _positions(query: Tensor, key: Tensor, attention_mask: Tensor | None, positi
 
 def _check(query: Tensor, key: Tensor, value: Tensor, key_positions: Tensor | None, sink_logits: Tensor | None) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
-        _expect(x.ndim == 4, f"{name}: expected (batch, heads, tokens, head size), got {_size(x)}")
+        if x.ndim != 4:
+            raise ValueError(f"{name}: expected (batch, heads, tokens, head size), got {_size(x)}")
         if x.dtype != query.dtype or not x.is_floating_point():
             raise TypeError(f"{name}: expected the same floating dtype as the query, got {x.dtype} and {query.dtype}")
-        _expect(x.device == query.device, f"{name}: is on {x.device}, the query on {query.device}")
+        if x.device != query.device:
+            raise ValueError(f"{name}: is on {x.device}, the query on {query.device}")
     (B, H, N, D), (G, M) = query.shape, key.shape[1:3]
-    _expect(key.shape[0] == B and key.shape[3] == D, f"key: {_size(key)} does not fit the query {_size(query)}")
-    _expect(value.shape[:3] == key.shape[:3], f"value: {_size(value)} does not fit the key {_size(key)}")
-    _expect(G > 0 and H % G == 0, f"key: {G} key-value heads do not divide {H} query heads")
-    _expect(N <= M, f"query: {N} queries, but only {M} keys; the queries are the last of the key slots")
+    if key.shape[0] != B or key.shape[3] != D:
+        raise ValueError(f"key: {_size(key)} does not fit the query {_size(query)}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value: {_size(value)} does not fit the key {_size(key)}")
+    if G == 0 or H % G:
+        raise ValueError(f"key: {G} key-value heads do not divide {H} query heads")
+    if N > M:
+        raise ValueError(f"query: {N} queries, but only {M} keys; the queries are the last of the key slots")
     if key_positions is not None:
-        _expect(key_positions.shape == (B, M), f"key_positions: expected ({B}, {M}), got {_size(key_positions)}")
+        if key_positions.shape != (B, M):
+            raise ValueError(f"key_positions: expected ({B}, {M}), got {_size(key_positions)}")
         if key_positions.dtype not in INTEGERS:
             raise TypeError(f"key_positions: expected integers, got {key_positions.dtype}")
-    if sink_logits is not None:
-        _expect(sink_logits.shape == (H,), f"sink_logits: expected ({H},), got {_size(sink_logits)}")
-
-
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+    if sink_logits is not None and sink_logits.shape != (H,):
+        raise ValueError(f"sink_logits: expected ({H},), got {_size(sink_logits)}")
 
 
 def _size(x: Tensor) -> str:

@@ -50,10 +50,14 @@ def configs(draw: st.DrawFn) -> DilatedConfig:
 
 
 def _tensor(draw: st.DrawFn, rows: int, heads: int, tokens: int, size: int) -> Tensor:
-    """Random numbers in one of the two memory layouts that models use."""
-    if draw(st.booleans()):
-        return torch.randn(rows, heads, tokens, size, dtype=torch.float64)
-    return torch.randn(rows, tokens, heads, size, dtype=torch.float64).transpose(1, 2)
+    """Random numbers in one of the two memory layouts that models use, or in one that nobody should."""
+    match draw(st.sampled_from(["by head", "by token", "by token", "transposed"])):
+        case "by head":
+            return torch.randn(rows, heads, tokens, size, dtype=torch.float64)
+        case "by token":
+            return torch.randn(rows, tokens, heads, size, dtype=torch.float64).transpose(1, 2)
+        case _:
+            return torch.randn(rows, heads, size, tokens, dtype=torch.float64).transpose(2, 3)
 
 
 def _padding(draw: st.DrawFn, rows: int, keys: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Triton kernels for one query: every program reads a block of the keys that one head sees in one branch."""
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ def _last_written(positions, M):
 def _query_position(POSITIONS, row, M, HAS_POSITIONS: tl.constexpr):
     """The last written slot, and the position of its token."""
     if HAS_POSITIONS:
-        positions = POSITIONS + row.to(tl.int64) * M
+        positions = POSITIONS + row * M
         last = _last_written(positions, M)
         p = tl.load(positions + last).to(tl.int32)
     else:
@@ -64,7 +64,7 @@ def _block_kernel(
 ):  # fmt: skip
     """One block of candidates, for the head whose turn it is among those on the query's residue."""
     program = programs + tl.program_id(0) * FIELDS
-    row = tl.program_id(1)
+    row = tl.program_id(1).to(tl.int64)
     segment = tl.load(program)
     rate = tl.load(program + 1)
     inner = tl.load(program + 2)
@@ -88,13 +88,13 @@ def _block_kernel(
         within = tl.maximum(inner, 1)
         excluded = tl.where(inner > 0, g // within, -1)  # an inner branch sees the query's inner segment
         visible = (offset < segment) & (seen >= SINKS) & (seen <= last_seen) & (other // within != excluded)
-    index = (row * H + tl.maximum(head, 0)).to(tl.int64) * COUNT + block
+    index = (row * H + tl.maximum(head, 0)) * COUNT + block
     if tl.max(visible.to(tl.int32), 0) == 0:
         tl.store(LSE + index, float("-inf"), mask=head >= 0)
     else:
         slot = tl.where(visible, last - (p - seen), 0)
         if HAS_POSITIONS:  # padding inside the document: step left until the slot holds the position
-            positions = POSITIONS + row.to(tl.int64) * M
+            positions = POSITIONS + row * M
             step = _distance(positions, slot, seen, visible)
             while tl.max(step, 0) > 0:
                 slot -= step
@@ -102,10 +102,10 @@ def _block_kernel(
         slot = slot.to(tl.int64)
         d = tl.arange(0, WIDTH)
         e = tl.arange(0, VALUE_WIDTH)
-        q = tl.load(Q + row * q_row + head * q_head + d, mask=d < D, other=0.0).to(tl.float32)
+        q = tl.load(Q + row * q_row + head.to(tl.int64) * q_head + d, mask=d < D, other=0.0).to(tl.float32)
         kv_head = (head // REPEATS).to(tl.int64)
-        k_base = K + row.to(tl.int64) * k_row + kv_head * k_head
-        v_base = V + row.to(tl.int64) * v_row + kv_head * v_head
+        k_base = K + row * k_row + kv_head * k_head
+        v_base = V + row * v_row + kv_head * v_head
         k_mask = visible[:, None] & (d < D)[None, :]
         v_mask = visible[:, None] & (e < DV)[None, :]
         k = tl.load(k_base + (slot * k_slot)[:, None] + d[None, :], mask=k_mask, other=0.0)
@@ -125,7 +125,7 @@ def _combine_kernel(
     DV: tl.constexpr, COUNT_WIDTH: tl.constexpr, HAS_POSITIONS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Merge the blocks of one head; those of branches that do not hold the query were never written."""
-    row = tl.program_id(0) // H
+    row = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
     index = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, COUNT_WIDTH)
@@ -196,7 +196,7 @@ def _tables(pattern: DilatedPattern, span: int, heads: int, kv_heads: int, devic
     return _tables_of(pattern, tuple(-(-count // BLOCK) for count in in_segment), heads, kv_heads, device)
 
 
-@lru_cache(maxsize=64)
+@cache  # never dropped: a captured graph keeps their addresses
 def _tables_of(
     pattern: DilatedPattern, counts: tuple[int, ...], heads: int, kv_heads: int, device: torch.device
 ) -> Tables:

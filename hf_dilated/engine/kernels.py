@@ -160,11 +160,17 @@ def _efficient_backward(
 ) -> Gradients:
     seed, kv_heads = _no_seed(q), k.shape[1]
     k, v = _per_query_head(k, q), _per_query_head(v, q)
-    padded = pad(lse, (0, -lse.shape[2] % 32), value=math.inf)
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)  # the kernel takes rows to lie side by side
     grad_q, grad_k, grad_v, _ = aten._scaled_dot_product_efficient_attention_backward(
-        grad, q, k, v, None, output, padded, seed, seed, 0.0, [True, True, True, False], is_causal, scale=scale
-    )
+        grad, q, k, v, None, output, _padded_to_32(lse), seed, seed, 0.0, [True, True, True, False], is_causal,
+        scale=scale,
+    )  # fmt: skip
     return grad_q, _per_key_head(grad_k, kv_heads), _per_key_head(grad_v, kv_heads)
+
+
+def _padded_to_32(lse: Tensor) -> Tensor:
+    """As the efficient kernel wants it; it asks for no stride of the last dimension."""
+    return pad(lse, (0, -lse.shape[2] % 32), value=math.inf).contiguous()
 
 
 def _cpu_flash_refuses(case: Case) -> str | None:

@@ -31,11 +31,12 @@ def attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attend along a pattern: output (B, H, N, Dv) and LSE (B, H, N)."""
+    query, key, value = _with_rows(query, key, value)
     batch = _Batch(query, key, key_positions, pattern, is_causal)
     with torch.cuda.device_of(query):  # Triton launches on the current device
         q, k, v = batch.query(query), batch.key(key), batch.key(value)
         output, lse = execute.forward(batch.plan(q, k, v), q, k, v, scale)
-        output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf)
+        output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf).contiguous()
         return _with_sink(output, lse, sink_logits)
 
 
@@ -57,6 +58,7 @@ def decode(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The same for one causal query, without gradients."""
+    query, key, value = _with_rows(query, key, value)
     with torch.cuda.device_of(query):
         output, lse = decoding.decode(query, key, value, key_positions, patterns.parse(pattern), scale)
         return _with_sink(output, lse, sink_logits)
@@ -82,6 +84,7 @@ def attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend` by query, key and value."""
+    grad, query, key, value = _with_rows(grad, query, key, value)
     batch = _Batch(query, key, key_positions, pattern, is_causal)
     with torch.cuda.device_of(query):
         q, k, v = batch.query(query), batch.key(key), batch.key(value)
@@ -93,7 +96,7 @@ def attend_backward(
 
 @attend_backward.register_fake
 def _(grad, query, key, value, output, lse, key_positions, pattern, is_causal, scale):  # type: ignore[no-untyped-def]
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -112,6 +115,11 @@ def _autograd_backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple
 
 
 attend.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def _with_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Kernels read rows of D neighbouring numbers; expanded gradients, for one, have none."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def _with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:

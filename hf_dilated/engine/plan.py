@@ -21,7 +21,7 @@ from hf_dilated.patterns.partials import Level, Pattern, Spans
 
 LARGEST_VIEWED_RATE = 4  # rows further apart are gathered: the copy costs less than strided reads and many launches
 REGULAR_SIZE = 128  # sizes that come from segments rather than from the end of a document
-PLANS_KEPT = 32
+PLANS_KEPT = 16
 
 
 @dataclass(frozen=True)

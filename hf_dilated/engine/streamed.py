@@ -42,7 +42,8 @@ class StreamedGradient:
 
     def __init__(self, like: Tensor) -> None:
         self.dtype = like.dtype
-        self.total = torch.zeros_like(like, dtype=wide(like.dtype))
+        B, H, N, D = like.shape
+        self.total = like.new_zeros((B, N, H, D), dtype=wide(like.dtype)).transpose(1, 2)
 
     def add(self, selection: Selection, part: Tensor) -> None:
         """Take a part (n, h, L, D) or (T, h, D)."""

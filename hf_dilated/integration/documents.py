@@ -18,7 +18,7 @@ KINDS_OF_LAYERS = 4  # of one forward: each has its own mask
 
 class _Answer(NamedTuple):
     asked: list[tuple[weakref.ref[Tensor], int | None]]
-    keys: int
+    shape: tuple[int, int]
     positions: Tensor | None
 
 
@@ -59,11 +59,11 @@ def shared_positions(
     if torch.compiler.is_compiling():
         return _positions(mask, position_ids, batch, keys)
     for answer in _answers.recent:
-        if answer.keys == keys and _unchanged(answer.asked, tensors):
+        if answer.shape == (batch, keys) and _unchanged(answer.asked, tensors):
             return answer.positions
     positions = _positions(mask, position_ids, batch, keys)
     asked = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
-    _answers.recent.append(_Answer(asked, keys, positions))
+    _answers.recent.append(_Answer(asked, (batch, keys), positions))
     return positions
 
 

@@ -28,10 +28,21 @@ class DilatedPattern:
 
     @property
     def spec(self) -> str:
-        """The pattern as text, the inverse of :func:`hf_dilated.patterns.parse`."""
+        """The pattern as text, read by :func:`hf_dilated.patterns.parse`; layers of one pattern have one text."""
         c = self.config
         fields = (c.segment_lengths, c.dilation_rates, c.overlap, c.offset, c.sink_tokens, c.phase, c.rotate)
-        return f"dilated {(*fields, self.layer)}"
+        return f"dilated {(*fields, self.layer % self._period)}"
+
+    @property
+    def _period(self) -> int:
+        """Layers after which the pattern repeats."""
+        period = 1 if self.config.phase == "none" else 2
+        for rate in self.config.dilation_rates if self.config.rotate else ():
+            multiple = period
+            while multiple % rate:
+                multiple += period
+            period = multiple
+        return period
 
     @classmethod
     def from_fields(cls, fields: tuple[Any, ...]) -> "DilatedPattern":

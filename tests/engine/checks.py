@@ -22,9 +22,13 @@ def assert_equals_oracle(case: Case, dtype: torch.dtype, tolerance: float) -> No
     _assert_close(lse.clamp(min=-1e9), expected_lse.clamp(min=-1e9), tolerance, "lse")
     grad = torch.randn_like(expected)
     grads = torch.autograd.grad(output, (ours.query, ours.key, ours.value), grad.to(dtype))
-    expected_grads = torch.autograd.grad(expected, (exact.query, exact.key, exact.value), grad.to(dtype).double())
+    inputs = (exact.query, exact.key, exact.value)
+    expected_grads = torch.autograd.grad(expected, inputs, grad.to(dtype).double(), retain_graph=True)
     for name, found, right in zip(("query", "key", "value"), grads, expected_grads, strict=True):
         _assert_close(found, right, tolerance, f"gradient of the {name}")
+    (of_sum,) = torch.autograd.grad(alone.sum(), ours.value)  # its gradient is one number, expanded
+    (expected_of_sum,) = torch.autograd.grad(expected.sum(), exact.value)
+    _assert_close(of_sum, expected_of_sum, tolerance, "gradient of the sum")
 
 
 def _assert_close(found: Tensor, right: Tensor, tolerance: float, what: str) -> None:

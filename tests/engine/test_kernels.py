@@ -48,3 +48,12 @@ def test_forward_and_backward(name, is_causal):
     torch.testing.assert_close(output, right, atol=1e-12, rtol=0)
     for found, expected in zip(grads, torch.autograd.grad(right, (query, key, value), grad), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("length", [32, 40])
+def test_lse_of_the_efficient_kernel_lies_side_by_side(length):
+    lse = torch.randn(2, length, 4).transpose(1, 2)
+    padded = kernels._padded_to_32(lse)
+    assert padded.shape[2] % 32 == 0
+    assert padded.is_contiguous()
+    assert torch.equal(padded[..., :length], lse)

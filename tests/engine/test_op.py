@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_dilated import DilatedConfig, dilated_attention
-from hf_dilated.engine import op
+from hf_dilated.engine import execute, op
 from hf_dilated.functional import attend
 from hf_dilated.patterns import DensePattern, DilatedPattern, parse
 
@@ -24,6 +24,39 @@ def test_operators_keep_their_promises(tensors):
     query = tensors[0].detach()[:, :, -1:]
     key, value = (x.detach() for x in tensors[1:])
     torch.library.opcheck(op.decode, (query, key, value, positions, None, arguments[5], 0.3))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_results_have_the_promised_strides(fused, padded, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(execute, "runs_fused", lambda x: fused and x.element_size() <= 4)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, h, 24, 8, requires_grad=True) for h in (4, 2, 2))  # by head, as caches store
+    positions = torch.arange(24).expand(2, 24).clone()
+    if padded:
+        positions[:, 5], positions[:, 6:] = -1, positions[:, 6:] - 1
+    arguments = (positions, None, DilatedPattern(config=CONFIG).spec, True, 0.3)
+    torch.library.opcheck(op.attend, (query, key, value, *arguments))
+    output, lse = (x.detach() for x in op.attend(query, key, value, *arguments))
+    inputs = (x.detach() for x in (torch.randn_like(output), query, key, value))
+    torch.library.opcheck(op.attend_backward, (*inputs, output, lse, positions, *arguments[2:]))
+
+
+def test_compiled_for_several_lengths():
+    compiled = torch.compile(dilated_attention, fullgraph=True, backend="aot_eager")
+    for length in (40, 41, 50):
+        inputs = [torch.randn(1, heads, length, 8, requires_grad=True) for heads in (4, 2, 2)]
+        found, right = (f(*inputs, CONFIG) for f in (compiled, dilated_attention))
+        assert torch.equal(found, right)
+        grads = (torch.autograd.grad(x.square().sum(), inputs) for x in (found, right))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_layers_of_one_pattern_share_their_plans():
+    rotating = DilatedConfig(segment_lengths=(8, 16), dilation_rates=(1, 4), rotate=True, phase="alternate")
+    assert len({DilatedPattern(config=rotating, layer=layer).spec for layer in range(80)}) == 4
+    assert len({DilatedPattern(config=CONFIG, layer=layer).spec for layer in range(80)}) == 1
 
 
 def test_one_node_in_a_compiled_graph(tensors):
@@ -100,5 +133,5 @@ def test_windows(window, is_causal, queries):
 
 
 def test_patterns_travel_as_text():
-    for pattern in (DensePattern(), DensePattern(window=3), DilatedPattern(config=CONFIG, layer=3)):
+    for pattern in (DensePattern(), DensePattern(window=3), DilatedPattern(config=CONFIG)):
         assert parse(pattern.spec) == pattern

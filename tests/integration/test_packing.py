@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from hf_dilated import DilatedConfig
+from hf_dilated.integration.documents import shared_positions
 from hf_dilated.integration.packing import check_boundaries
 from hf_dilated.integration.support import UnsupportedError
 from tests.tiny_models import tiny_model, tokens
@@ -64,3 +65,11 @@ def test_the_flattening_collator() -> None:
         alone = [model(torch.tensor([document])).logits[0] for document in documents]
     for one, other in zip(packed, alone, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_kept_position_ids_serve_batches_of_every_size():
+    position_ids = torch.tensor([[0, 1, 2, 0, 1]])
+    for batch in (2, 3):
+        positions = shared_positions(None, position_ids, batch, 5, 5)
+        assert positions is not None
+        assert positions.tolist() == [[0, 1, 2, 0, 1]] * batch
