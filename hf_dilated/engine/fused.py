@@ -19,8 +19,8 @@ TILE = 32
 @triton.jit
 def _locate(tokens, classes, heads, T, h, TILE: tl.constexpr):
     """Rows of a call that a program works on: their number, token and head."""
-    place = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    place = (tl.program_id(0) % h).to(tl.int64)  # neighbouring programs work on neighbouring heads
+    t = (tl.program_id(0) // h) * TILE + tl.arange(0, TILE)
     in_range = t < T
     token = tl.load(tokens + t, mask=in_range, other=0)
     head_class = tl.load(classes + t, mask=in_range, other=0)
@@ -87,7 +87,7 @@ def gather(selection: Selection, x: Tensor) -> Tensor:
     """Return the selected rows (T, h, D) of x (B, H, N, D)."""
     T, h, D = len(selection.tokens), selection.heads.shape[1], x.shape[3]
     out = x.new_empty(T, h, D)
-    _gather_kernel[triton.cdiv(T, TILE), h](
+    _gather_kernel[(triton.cdiv(T, TILE) * h,)](
         out, x, *selection.tables(x.device), T, h, x.shape[2], x.stride(0), x.stride(1), x.stride(2),
         D, triton.next_power_of_2(D), TILE,
     )  # fmt: skip
@@ -115,7 +115,7 @@ class FusedOutput:
         if self.output is None:
             self.output = self.query.new_zeros(self.shape)
         T, h = len(selection.tokens), selection.heads.shape[1]
-        _merge_kernel[triton.cdiv(T, TILE), h](
+        _merge_kernel[(triton.cdiv(T, TILE) * h,)](
             self.output, self.lse, part, part_lse, *selection.tables(part.device), T, h, N, H, _count(part),
             *_strides(part), *_strides(part_lse.unsqueeze(-1)), D, triton.next_power_of_2(D), is_first, TILE,
         )  # fmt: skip
@@ -143,7 +143,7 @@ class FusedGradient:
         if self.total is None:
             self.total = self.like.new_zeros(self.shape)
         T, h, D = len(selection.tokens), selection.heads.shape[1], self.shape[3]
-        _add_kernel[triton.cdiv(T, TILE), h](
+        _add_kernel[(triton.cdiv(T, TILE) * h,)](
             self.total, part, *selection.tables(part.device), T, h, self.shape[2], _count(part), *_strides(part),
             D, triton.next_power_of_2(D), TILE,
         )  # fmt: skip

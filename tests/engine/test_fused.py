@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_dilated import DilatedConfig, reference
-from hf_dilated.engine import execute
+from hf_dilated.engine import decode, execute, op
 from hf_dilated.patterns import DilatedPattern
 from tests.cases import cases
 from tests.engine.checks import assert_equals_oracle
@@ -42,10 +42,10 @@ def test_decoding(case, block):
         )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_decode, "BLOCK", block)
+        patch.setattr(decode, "runs_fused", lambda x: True)
         fused_decode._tables_of.cache_clear()
-        output, lse = fused_decode.fused_decode(
-            query, key, value, positions, DilatedPattern(config=config, layer=layer), 0.5
-        )
+        spec = DilatedPattern(config=config, layer=layer).spec
+        output, lse = op.decode(query, key, value, positions, None, spec, 0.5)
         fused_decode._tables_of.cache_clear()
     right, right_lse = reference.dilated_attention(
         query, key, value, config, scale=0.5, key_positions=positions, layer=layer, return_lse=True
