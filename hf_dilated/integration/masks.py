@@ -74,7 +74,7 @@ def position_mask(
 
     Returns:
         Positions (B, 1, 1, M) in a dtype of :data:`FORMS`: on the CPU for several queries, because the engine plans
-        there (the only synchronisation of a forward), and on ``device`` for one query. Whole documents without
+        there (one synchronisation for each kind of mask), and on ``device`` for one query. Whole documents without
         padding: zeros (1, 1, 1, M) that take no memory.
 
     Raises:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from hf_dilated import DilatedConfig, dilated_attention
+from hf_dilated import DilatedConfig, dilated_attention, reference
 from hf_dilated.engine import kernels
 from tests.cases import Case, cases
 from tests.engine.checks import assert_equals_oracle
@@ -96,7 +96,6 @@ def test_bfloat16_error_is_at_most_twice_that_of_dense_attention():
         DilatedConfig(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4)),
         *(torch.randn(1, 8, 512, 64, dtype=torch.bfloat16) for _ in range(3)),
     )
-    from hf_dilated import reference
 
     def error(found, right):
         return ((found.double() - right).norm() / right.norm()).item()
