@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from hf_dilated import DilatedConfig
-from hf_dilated.evaluation import Bucket, Reading, perplexity_by_position, read, read_in_windows
+from hf_dilated.evaluation.perplexity import Bucket, Reading, perplexity_by_position, read, read_in_windows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,38 +1,21 @@
-"""The command ``hf-dilated``."""
+"""``hf-dilated info``: what every layer of a model runs."""
 
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import groupby
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig
 
-import hf_dilated
+from hf_dilated.cli.console import console, errors, notes
 from hf_dilated.config import ConfigError, DilatedConfig
 from hf_dilated.integration.report import LayerReport, ModelReport, ReportError, keys_per_query, report
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.patterns import DilatedPattern
 
-app = typer.Typer(help="Long-context attention for the Transformers models you already have.", no_args_is_help=True)
-console = Console()
-errors = Console(stderr=True)
 
-
-@app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    """Long-context attention for the Transformers models you already have."""
-    if version:
-        console.print(f"hf_dilated {hf_dilated.__version__}")
-        raise typer.Exit
-
-
-@app.command()
 def info(
     model: Annotated[str, typer.Argument(help="A folder with a config.json, or a model's name on the Hub.")],
     max_length: Annotated[
@@ -46,7 +29,7 @@ def info(
     """
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        with _notes():
+        with notes():
             if max_length is not None:
                 config.hf_dilated = DilatedConfig.from_model_config(config, max_length=max_length)
             result = report(config)
@@ -59,16 +42,6 @@ def info(
     _show(result)
     if not result.runs:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _notes() -> Iterator[None]:
-    """Print warnings as lines of their own."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
-        errors.print(f"[yellow]note[/] {escape(message)}")
 
 
 def _show(result: ModelReport) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_dilated.evaluation import PeakMemory, perplexity_by_position, read, read_in_windows
+from hf_dilated.evaluation.perplexity import PeakMemory, perplexity_by_position, read, read_in_windows
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_losses_are_those_of_the_model(model, document):
 
 def test_losses_are_taken_in_parts_without_a_difference(model, document, monkeypatch):
     whole = read(model, document).losses
-    monkeypatch.setattr("hf_dilated.evaluation.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("hf_dilated.evaluation.perplexity.ROWS_AT_ONCE", 7)
     torch.testing.assert_close(read(model, document).losses, whole, equal_nan=True)
 
 

@@ -1,4 +1,4 @@
-"""Attention patterns as data: frozen, validated, and stored in a model's ``config.json``."""
+"""Dilated attention as data."""
 
 import dataclasses
 import warnings
@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from hf_dilated.config.checks import ConfigError, at_least, integer, integers, known_fields, one_of
+
 Overlap = Literal["once", "count"]
 Offset = Literal["head", "kv_head", "grouped"]
 Phase = Literal["none", "alternate"]
 
 SHORTEST_SEGMENT = 2048
-
-
-class ConfigError(ValueError):
-    """A pattern that cannot be run as written; the message names the field and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ class DilatedConfig:
         >>> DilatedConfig(segment_lengths=(2048, 3000), dilation_rates=(1, 2))
         Traceback (most recent call last):
         ...
-        hf_dilated.config.ConfigError: segment_lengths: overlap="once" needs nested branches, but 3000 is not ...
+        hf_dilated.config.checks.ConfigError: segment_lengths: overlap="once" needs nested branches, but 3000 is not ...
     """
 
     segment_lengths: tuple[int, ...]
@@ -61,16 +59,16 @@ class DilatedConfig:
 
     def __post_init__(self) -> None:
         for name in ("segment_lengths", "dilation_rates", "dense_layers"):
-            object.__setattr__(self, name, _integers(name, getattr(self, name)))
-        object.__setattr__(self, "sink_tokens", _integer("sink_tokens", self.sink_tokens))
+            object.__setattr__(self, name, integers(name, getattr(self, name)))
+        object.__setattr__(self, "sink_tokens", integer("sink_tokens", self.sink_tokens))
         for name, options in (("overlap", Overlap), ("offset", Offset), ("phase", Phase)):
-            _one_of(name, getattr(self, name), get_args(options))
+            one_of(name, getattr(self, name), get_args(options))
         if not isinstance(self.rotate, bool):
             raise ConfigError(f"rotate: expected True or False, got {self.rotate!r}")
-        _at_least("sink_tokens", (self.sink_tokens,), 0)
-        _at_least("dense_layers", self.dense_layers, 0)
-        _at_least("segment_lengths", self.segment_lengths, 1)
-        _at_least("dilation_rates", self.dilation_rates, 1)
+        at_least("sink_tokens", (self.sink_tokens,), 0)
+        at_least("dense_layers", self.dense_layers, 0)
+        at_least("segment_lengths", self.segment_lengths, 1)
+        at_least("dilation_rates", self.dilation_rates, 1)
         if not self.segment_lengths:
             raise ConfigError("segment_lengths: at least one branch is needed, for example (2048, 4096)")
         if len(self.segment_lengths) != len(self.dilation_rates):
@@ -132,7 +130,7 @@ class DilatedConfig:
         Raises:
             ConfigError: If a key is missing or unknown, or a value is malformed.
         """
-        return cls(**_known_fields(cls, values))
+        return cls(**known_fields(cls, values))
 
     @classmethod
     def longnet(cls, segment_lengths: Sequence[int], dilation_rates: Sequence[int]) -> "DilatedConfig":
@@ -161,7 +159,7 @@ class DilatedConfig:
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         positions = getattr(text_config, "max_position_embeddings", None)
         if max_length is not None:
-            _at_least("max_length", (_integer("max_length", max_length),), 1)
+            at_least("max_length", (integer("max_length", max_length),), 1)
         if positions is None and max_length is None:
             raise ConfigError(
                 f"max_length: {type(config).__name__} has no max_position_embeddings; pass max_length=…, "
@@ -181,97 +179,3 @@ class DilatedConfig:
                 stacklevel=2,
             )
         return cls(segment_lengths=tuple(segments), dilation_rates=tuple(rates))
-
-
-STORED_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredConfig:
-    """What a checkpoint's ``config.json`` keeps under ``hf_dilated``: the backend and its pattern.
-
-    Example:
-        >>> pattern = DilatedConfig(segment_lengths=(16, 32), dilation_rates=(1, 2))
-        >>> stored = StoredConfig(attn_implementation="dilated", dilated=pattern)
-        >>> StoredConfig.from_dict(stored.to_dict()) == stored
-        True
-    """
-
-    attn_implementation: str | None = None
-    dilated: DilatedConfig | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, the inverse of :meth:`from_dict`."""
-        stored: dict[str, Any] = {"version": STORED_VERSION}
-        if self.attn_implementation is not None:
-            stored["attn_implementation"] = self.attn_implementation
-        if self.dilated is not None:
-            stored["dilated"] = self.dilated.to_dict()
-        return stored
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "StoredConfig":
-        """Read the stored form.
-
-        Raises:
-            ConfigError: If it was written by a newer version, or has unknown keys or malformed values.
-        """
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"hf_dilated: expected a dictionary, got {type(values).__name__}")
-        fields = dict(values)
-        version = fields.pop("version", STORED_VERSION)
-        if version != STORED_VERSION:
-            raise ConfigError(
-                f"hf_dilated: the stored form has version {version!r}, this hf_dilated reads version "
-                f"{STORED_VERSION}; upgrade with `pip install -U hf_dilated`"
-            )
-        fields = _known_fields(cls, fields)
-        name = fields.get("attn_implementation")
-        if name is not None and not isinstance(name, str):
-            raise ConfigError(f"attn_implementation: expected a name, got {name!r}")
-        if fields.get("dilated") is not None and not isinstance(fields["dilated"], DilatedConfig):
-            fields["dilated"] = DilatedConfig.from_dict(fields["dilated"])
-        return cls(**fields)
-
-
-def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{cls.__name__}: expected a dictionary, got {type(values).__name__}")
-    fields = dataclasses.fields(cls)
-    known = [field.name for field in fields]
-    if unknown := sorted(set(values) - set(known)):
-        raise ConfigError(
-            f"{cls.__name__}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}. "
-            "A configuration of a newer hf_dilated needs `pip install -U hf_dilated`"
-        )
-    required = [field.name for field in fields if field.default is dataclasses.MISSING]
-    if missing := [name for name in required if name not in values]:
-        raise ConfigError(f"{cls.__name__}: missing {', '.join(missing)}")
-    return dict(values)
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        whole = not isinstance(value, bool) and value == int(value)
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise ConfigError(f"{name}: expected a whole number, got {value!r}")
-    return int(value)
-
-
-def _integers(name: str, values: Any) -> tuple[int, ...]:
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise ConfigError(f"{name}: expected a sequence of whole numbers, got {values!r}")
-    return tuple(_integer(name, value) for value in values)
-
-
-def _at_least(name: str, values: Sequence[int], least: int) -> None:
-    for value in values:
-        if value < least:
-            raise ConfigError(f"{name}: expected at least {least}, got {value}")
-
-
-def _one_of(name: str, value: Any, options: Sequence[str]) -> None:
-    if value not in options:
-        raise ConfigError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")

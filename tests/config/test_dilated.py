@@ -5,7 +5,7 @@ import pytest
 from transformers import LlamaConfig, LlavaConfig
 
 from hf_dilated import ConfigError, DilatedConfig, StoredConfig
-from hf_dilated.config import STORED_VERSION
+from hf_dilated.config.stored import STORED_VERSION
 
 
 @pytest.mark.parametrize(

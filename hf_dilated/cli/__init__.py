@@ -1,0 +1,22 @@
+"""The command ``hf-dilated``: one module a sub-command."""
+
+from typing import Annotated
+
+import typer
+
+import hf_dilated
+from hf_dilated.cli.console import console
+from hf_dilated.cli.info import info
+
+app = typer.Typer(help="Long-context attention for the Transformers models you already have.", no_args_is_help=True)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Long-context attention for the Transformers models you already have."""
+    if version:
+        console.print(f"hf_dilated {hf_dilated.__version__}")
+        raise typer.Exit
+
+
+app.command()(info)

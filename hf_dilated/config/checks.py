@@ -1,0 +1,52 @@
+"""Checks that name the field and the fix."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A pattern that cannot be run as written; the message names the field and the fix."""
+
+
+def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{cls.__name__}: expected a dictionary, got {type(values).__name__}")
+    fields = dataclasses.fields(cls)
+    known = [field.name for field in fields]
+    if unknown := sorted(set(values) - set(known)):
+        raise ConfigError(
+            f"{cls.__name__}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}. "
+            "A configuration of a newer hf_dilated needs `pip install -U hf_dilated`"
+        )
+    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise ConfigError(f"{cls.__name__}: missing {', '.join(missing)}")
+    return dict(values)
+
+
+def integer(name: str, value: Any) -> int:
+    try:
+        whole = not isinstance(value, bool) and value == int(value)
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise ConfigError(f"{name}: expected a whole number, got {value!r}")
+    return int(value)
+
+
+def integers(name: str, values: Any) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ConfigError(f"{name}: expected a sequence of whole numbers, got {values!r}")
+    return tuple(integer(name, value) for value in values)
+
+
+def at_least(name: str, values: Sequence[int], least: int) -> None:
+    for value in values:
+        if value < least:
+            raise ConfigError(f"{name}: expected at least {least}, got {value}")
+
+
+def one_of(name: str, value: Any, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ConfigError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")

@@ -1,0 +1,58 @@
+"""What ``config.json`` keeps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_dilated.config.checks import ConfigError, known_fields
+from hf_dilated.config.dilated import DilatedConfig
+
+STORED_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredConfig:
+    """What a checkpoint's ``config.json`` keeps under ``hf_dilated``: the backend and its pattern.
+
+    Example:
+        >>> pattern = DilatedConfig(segment_lengths=(16, 32), dilation_rates=(1, 2))
+        >>> stored = StoredConfig(attn_implementation="dilated", dilated=pattern)
+        >>> StoredConfig.from_dict(stored.to_dict()) == stored
+        True
+    """
+
+    attn_implementation: str | None = None
+    dilated: DilatedConfig | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, the inverse of :meth:`from_dict`."""
+        stored: dict[str, Any] = {"version": STORED_VERSION}
+        if self.attn_implementation is not None:
+            stored["attn_implementation"] = self.attn_implementation
+        if self.dilated is not None:
+            stored["dilated"] = self.dilated.to_dict()
+        return stored
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StoredConfig":
+        """Read the stored form.
+
+        Raises:
+            ConfigError: If it was written by a newer version, or has unknown keys or malformed values.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"hf_dilated: expected a dictionary, got {type(values).__name__}")
+        fields = dict(values)
+        version = fields.pop("version", STORED_VERSION)
+        if version != STORED_VERSION:
+            raise ConfigError(
+                f"hf_dilated: the stored form has version {version!r}, this hf_dilated reads version "
+                f"{STORED_VERSION}; upgrade with `pip install -U hf_dilated`"
+            )
+        fields = known_fields(cls, fields)
+        name = fields.get("attn_implementation")
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"attn_implementation: expected a name, got {name!r}")
+        if fields.get("dilated") is not None and not isinstance(fields["dilated"], DilatedConfig):
+            fields["dilated"] = DilatedConfig.from_dict(fields["dilated"])
+        return cls(**fields)

@@ -1,0 +1,1 @@
+"""What a model's attention costs and what it does to its predictions."""
