@@ -1,8 +1,13 @@
-"""Settings that must stand before anything is imported."""
+"""Settings that must stand before anything is imported.
+
+``HF_DILATED_TEST_DEVICE=cuda`` runs on a GPU what makes its tensors without naming a device:
+``pytest tests/engine tests/integration/test_{masks,compile,generation}.py``.
+"""
 
 import os
 
 import torch
 
+torch.set_default_device(os.environ.get("HF_DILATED_TEST_DEVICE", "cpu"))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run as plain Python

@@ -33,7 +33,7 @@ def forward(plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float)
     for call in plan.calls:
         q, k, v = _take(call, call.query, query), _take(call, call.key, key), _take(call, call.key, value)
         if call.is_packed:
-            part, lse = kernels.packed_forward(q, k, v, call.packed_lengths(q.device), call.is_causal, scale)
+            part, lse = _packed(q, v).forward(q, k, v, call.packed_lengths(q.device), call.is_causal, scale)
         else:
             part, lse = _kernel(call, q, v).forward(q, k, v, call.is_causal, scale)
         total.add(call.query, part, lse, call.is_first)
@@ -60,14 +60,19 @@ def _call_backward(
     q, k, v = _take(call, call.query, query), _take(call, call.key, key), _take(call, call.key, value)
     grad, output, lse = (_take(call, call.query, x) for x in (grad, output, lse))
     if call.is_packed:
-        return kernels.packed_backward(
-            grad, q, k, v, output, lse, call.packed_lengths(q.device), call.is_causal, scale
-        )  # fmt: skip
+        lengths = call.packed_lengths(q.device)
+        return _packed(q, v).backward(grad, q, k, v, output, lse, lengths, call.is_causal, scale)
     return _kernel(call, q, v).backward(grad, q, k, v, output, lse, call.is_causal, scale)
 
 
 def _kernel(call: Call, query: Tensor, value: Tensor) -> kernels.Kernel:
     return kernels.choose(kernels.Case.of(query, value, recurs=call.recurs))
+
+
+def _packed(query: Tensor, value: Tensor) -> kernels.Packed:
+    packed = kernels.choose_packed(kernels.Case.of(query, value))
+    assert packed is not None, "the plan has asked whether sequences of different lengths share a call"
+    return packed
 
 
 def _take(call: Call, selection: Selection, x: Tensor) -> Tensor:

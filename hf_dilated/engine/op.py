@@ -145,7 +145,7 @@ class _Batch:
         self.is_causal = is_causal
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor) -> Plan:
-        packs = kernels.packs(kernels.Case.of(query, value))
+        packs = kernels.choose_packed(kernels.Case.of(query, value)) is not None
         return make_plan(
             patterns.parse(self.pattern), self.layout.documents, query.shape[1], key.shape[1], self.is_causal, packs
         )

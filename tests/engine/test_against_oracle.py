@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 
 from hf_dilated import DilatedConfig, dilated_attention, reference
 from hf_dilated.engine import kernels
+from hf_dilated.engine.kernels.plain import PLAIN
 from tests.cases import Case, cases
 from tests.engine.checks import assert_equals_oracle
 
@@ -47,9 +48,7 @@ def test_half_precision(dtype, tolerance, case):
 def test_sequences_of_different_lengths_share_a_call(case):
     """The path of GPUs, with a stand-in for their kernel."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "packs", lambda case: True)
-        patch.setattr(kernels, "packed_forward", _packed_forward)
-        patch.setattr(kernels, "packed_backward", _packed_backward)
+        patch.setattr(kernels, "choose_packed", lambda case: kernels.Packed(_packed_forward, _packed_backward))
         assert_equals_oracle(case, torch.float64, 1e-11)
 
 
@@ -66,7 +65,7 @@ def _batch(x):
 def _packed_forward(q, k, v, lengths, is_causal, scale):
     output, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
     for i, j in _sequences(lengths):
-        part, part_lse = kernels._math_forward(_batch(q[i]), _batch(k[j]), _batch(v[j]), is_causal, scale)
+        part, part_lse = PLAIN.forward(_batch(q[i]), _batch(k[j]), _batch(v[j]), is_causal, scale)
         output[i], lse[i] = part[0].transpose(0, 1), part_lse[0].transpose(0, 1)
     return output, lse
 
@@ -75,9 +74,7 @@ def _packed_backward(grad, q, k, v, output, lse, lengths, is_causal, scale):
     grads = [torch.empty_like(x) for x in (q, k, v)]
     for i, j in _sequences(lengths):
         tensors = (_batch(x) for x in (grad[i], q[i], k[j], v[j], output[i], lse[i]))
-        for total, part, where in zip(
-            grads, kernels._math_backward(*tensors, is_causal, scale), (i, j, j), strict=True
-        ):
+        for total, part, where in zip(grads, PLAIN.backward(*tensors, is_causal, scale), (i, j, j), strict=True):
             total[where] = part[0].transpose(0, 1)
     return tuple(grads)
 
