@@ -233,7 +233,7 @@ def tiny_model(
 
 def sharpen(model: nn.Module) -> None:
     """Enlarge the random weights so that attention is far from uniform and differences show in the output."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim >= 2:
@@ -244,7 +244,7 @@ def sharpen(model: nn.Module) -> None:
 
 def tokens(batch: int, length: int, *, seed: int = 0) -> Tensor:
     """Return random token ids (batch, length) without special tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return torch.randint(3, VOCABULARY - 1, (batch, length), generator=generator)
 
 
@@ -252,7 +252,7 @@ def inputs(family: str, batch: int, length: int, *, seed: int = 0) -> dict[str, 
     """Return what the forward of ``family`` takes; the vision transformer reads a fixed number of patches."""
     if family != "vit" and family != "llava":
         return {"input_ids": tokens(batch, length, seed=seed)}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     pixels = torch.randn(batch, 3, IMAGE, IMAGE, generator=generator, dtype=torch.float64)
     if family == "vit":
         return {"pixel_values": pixels}

@@ -77,7 +77,7 @@ def read_in_windows(model: Any, input_ids: Tensor, window: int) -> Reading:
     if window < 2:
         raise ValueError(f"window: expected at least 2 tokens, got {window}")
     model.eval()
-    losses = torch.full((len(input_ids),), math.nan)
+    losses = torch.full((len(input_ids),), math.nan, device="cpu")
     memory = PeakMemory(input_ids.device)
     with memory.measured():
         started = time.perf_counter()
@@ -168,7 +168,7 @@ def _status(field: str) -> int:
 def _losses(logits: Tensor, input_ids: Tensor) -> Tensor:
     parts = zip(logits[:-1].split(ROWS_AT_ONCE), input_ids[1:].split(ROWS_AT_ONCE), strict=True)
     losses = [cross_entropy(rows.float(), targets.to(rows.device), reduction="none") for rows, targets in parts]
-    return torch.cat([torch.full((1,), math.nan), torch.cat(losses).cpu()])
+    return torch.cat([torch.full((1,), math.nan, device="cpu"), torch.cat(losses).cpu()])
 
 
 def _check_document(input_ids: Tensor) -> None:

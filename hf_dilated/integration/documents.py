@@ -83,7 +83,7 @@ def _positions(mask: Tensor | None, position_ids: Tensor | None, batch: int, key
     positions = None if mask is None else mask[:, 0, 0].long().expand(batch, keys)
     if position_ids is None:
         return positions
-    whole = torch.arange(keys).expand(batch, keys) if positions is None else positions.cpu()
+    whole = torch.arange(keys, device="cpu").expand(batch, keys) if positions is None else positions.cpu()
     starts = _document_starts(whole, position_ids.cpu().expand(batch, -1))
     if not torch.compiler.is_compiling() and not starts.any():
         return positions
@@ -98,7 +98,7 @@ def _document_starts(positions: Tensor, ids: Tensor) -> Tensor:
     With padding inside a document, some count it (the default of a model) and some do not (``generate``).
     """
     queries = ids.shape[1]
-    slot = torch.arange(positions.shape[1])
+    slot = torch.arange(positions.shape[1], device=positions.device)
     first_query = (positions != -2).sum(1, keepdim=True) - queries
     is_query = (slot >= first_query) & (positions >= 0)
     id_of = ids.gather(1, (slot - first_query).clamp(0, queries - 1))

@@ -104,7 +104,7 @@ def position_mask(
         position = position.cpu()
         if meaning.is_windowed and not tracing:
             _check_gaps(position)
-        if not tracing and torch.equal(position, torch.arange(kv_length).expand_as(position)):
+        if not tracing and torch.equal(position, torch.arange(kv_length, device=position.device).expand_as(position)):
             return _whole(meaning, kv_length)
     return position[:, None, None, :].to(DTYPES[Form(meaning.is_causal, has_positions=True)])
 
@@ -163,7 +163,7 @@ def _check_shape(
 def _check_gaps(position: Tensor) -> None:
     """A dense mask counts windows in slots, positions count tokens: the same unless padding lies between tokens."""
     real = position >= 0
-    slot = torch.arange(position.shape[1])
+    slot = torch.arange(position.shape[1], device=position.device)
     last, first = torch.where(real, slot, -1).amax(1), torch.where(real, slot, slot[-1] + 1).amin(1)
     if (real.any(1) & (last - first + 1 != real.sum(1))).any():
         raise UnsupportedError(

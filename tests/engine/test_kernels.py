@@ -99,6 +99,8 @@ def test_flash_attention_4_in_its_own_layout():
 @pytest.mark.parametrize("name", ["cpu_flash", "math"])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_forward_and_backward(name, is_causal):
+    if name == "cpu_flash" and torch.get_default_device().type != "cpu":
+        pytest.skip("a kernel of the CPU")
     kernel = next(k for k in kernels.KERNELS if k.name == name)
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, h, 9, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))

@@ -83,8 +83,8 @@ def test_export(tensors):
 
 
 def test_short_inputs_are_dense_attention_to_the_bit(tensors):
-    short = tuple(x[:, :, :8] for x in tensors)
-    dense = scaled_dot_product_attention(*short, is_causal=True, enable_gqa=True)
+    short = tuple(x[:, :2, :8] for x in tensors)
+    dense = scaled_dot_product_attention(*short, is_causal=True)
     assert torch.equal(dilated_attention(*short, CONFIG), dense)
 
 
