@@ -6,13 +6,15 @@ from typing import Any
 
 from hf_dilated.config.checks import ConfigError, known_fields
 from hf_dilated.config.dilated import DilatedConfig
+from hf_dilated.config.memory import MemoryConfig
 
 STORED_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredConfig:
-    """What a checkpoint's ``config.json`` keeps under ``hf_dilated``: the backend and its pattern.
+    """What a checkpoint's ``config.json`` keeps under ``hf_dilated``: the backend, its pattern, and the settings of
+    memory that a user made.
 
     Example:
         >>> pattern = DilatedConfig(segment_lengths=(16, 32), dilation_rates=(1, 2))
@@ -23,6 +25,7 @@ class StoredConfig:
 
     attn_implementation: str | None = None
     dilated: DilatedConfig | None = None
+    memory: MemoryConfig | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, the inverse of :meth:`from_dict`."""
@@ -31,6 +34,8 @@ class StoredConfig:
             stored["attn_implementation"] = self.attn_implementation
         if self.dilated is not None:
             stored["dilated"] = self.dilated.to_dict()
+        if self.memory is not None:
+            stored["memory"] = self.memory.to_dict()
         return stored
 
     @classmethod
@@ -55,4 +60,6 @@ class StoredConfig:
             raise ConfigError(f"attn_implementation: expected a name, got {name!r}")
         if fields.get("dilated") is not None and not isinstance(fields["dilated"], DilatedConfig):
             fields["dilated"] = DilatedConfig.from_dict(fields["dilated"])
+        if fields.get("memory") is not None and not isinstance(fields["memory"], MemoryConfig):
+            fields["memory"] = MemoryConfig.from_dict(fields["memory"])
         return cls(**fields)

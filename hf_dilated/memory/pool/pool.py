@@ -1,0 +1,285 @@
+"""Memory that returns when the last user of a tensor's storage dies."""
+
+import math
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import deterministic
+
+from hf_dilated.config.memory import MemoryMode
+from hf_dilated.memory import numa
+from hf_dilated.memory.pool.arena import Arena
+from hf_dilated.memory.pool.buckets import Buckets
+from hf_dilated.memory.pool.eviction import Usage
+from hf_dilated.memory.pool.statistics import Counters, Need
+from hf_dilated.memory.system import System, system
+
+HEADROOM = 8  # at most an eighth more is held than was needed at once of late
+RESERVE = 20  # less than a twentieth of the limit available is memory pressure
+PRESSURE_SECONDS = 0.1  # between two looks at it
+
+
+class Block(Protocol):
+    """Memory that a store has handed out."""
+
+    size: int
+
+    @property
+    def address(self) -> int:
+        """Where it lies."""
+        ...
+
+    def view(self, size: int) -> memoryview:
+        """Return a new object over its first bytes."""
+        ...
+
+
+class Store(Protocol):
+    """Free blocks of a mode; not thread-safe."""
+
+    held: int
+
+    def take(self, size: int, *, lasting: bool = False) -> tuple[Any, int]:
+        """Return a block and how many of its bytes are fresh."""
+        ...
+
+    def give(self, block: Any) -> None:
+        """Take a block back."""
+        ...
+
+    def release(self, wanted: int) -> tuple[int, int]:
+        """Evict; return how many pieces, and their bytes."""
+        ...
+
+
+class _Lease(weakref.ref):
+    """Dies with the buffer behind a storage."""
+
+    __slots__ = ("block", "kind", "size")
+    block: Block
+    kind: str
+    size: int
+
+    __hash__ = object.__hash__  # a reference is a lease of its own, whatever it refers to
+    __eq__ = object.__eq__
+
+
+class MemoryPool:
+    """A pool of CPU memory for tensors.
+
+    A tensor's memory returns when the last user of its storage dies, whoever that is: autograd, a view, a Python list.
+    Tensors that live never share bytes. Threads may share a pool. A forked child starts with an empty one; tensors
+    that it inherits stay its own.
+
+    Args:
+        mode: ``"disabled"``, ``"lightweight"`` (size buckets) or ``"full"`` (best fit with coalescing).
+        smallest: Bytes of the smallest tensor that is pooled; others are torch's own.
+        budget: Bytes that are kept for reuse at most; by default a quarter of what the process may have.
+        huge_pages: Ask the kernel for huge pages.
+        placement: Where memory is placed on a machine with several NUMA nodes.
+        machine: What tells of limits and pressure.
+
+    Example:
+        >>> pool = MemoryPool(mode="full")
+        >>> first = pool.empty((1024, 1024)); address = first.data_ptr(); del first
+        >>> pool.empty((512, 2048)).data_ptr() == address
+        True
+        >>> pool.stats()["hits"], pool.stats()["misses"]
+        (1, 1)
+    """
+
+    def __init__(
+        self,
+        mode: MemoryMode = "full",
+        *,
+        smallest: int = 1,
+        budget: int | None = None,
+        huge_pages: bool = True,
+        placement: numa.Placement | None = None,
+        machine: System | None = None,
+    ) -> None:
+        self.mode = mode
+        self.smallest = smallest
+        self._machine = machine or system()
+        self.budget = self._machine.usage().limit // 4 if budget is None else budget
+        self._options: dict[str, Any] = {
+            "huge_pages": huge_pages and self._machine.has_huge_pages(),
+            "placement": placement,
+        }
+        self._start()
+        _pools.add(self)
+
+    def _start(self) -> None:
+        """Begin with nothing; leases of before are nobody's, their tensors keep their pages to themselves."""
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._leases: set[_Lease] = set()
+        self._returned: deque[_Lease] = deque()
+        self._observers: tuple[Callable[[str, int], None], ...] = ()
+        self._looked = -math.inf
+        self.evictions = 0
+        self._live = self._peak = 0
+        self._need = Need()
+        self._total = Counters()
+        self._kinds: dict[str, Counters] = {}
+        kind = Arena if self.mode == "full" else Buckets
+        self._store: Store = kind(Usage(), **self._options)
+
+    def empty(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        *,
+        kind: str = "temp",
+        lasting: bool = False,
+    ) -> Tensor:
+        """Return an uninitialised contiguous CPU tensor, as ``torch.empty`` does.
+
+        Args:
+            shape: Its sizes.
+            dtype: Its type.
+            kind: Under which name it is counted.
+            lasting: Whether it outlives many others, as caches do; it is placed away from them.
+        """
+        count = math.prod(shape)
+        size = count * dtype.itemsize
+        if self.mode == "disabled" or size < self.smallest or not size or self._owner == threading.get_ident():
+            return torch.empty(shape, dtype=dtype)  # the last: a destructor or signal handler within take
+        tensor = torch.frombuffer(self._lease(size, kind, lasting), dtype=dtype, count=count).view(shape)
+        if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+            tensor.fill_(math.nan if dtype.is_floating_point or dtype.is_complex else _largest(dtype))
+        return tensor
+
+    def _lease(self, size: int, kind: str, lasting: bool) -> memoryview:
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                self._drain()
+                block, fresh = self._store.take(size, lasting=lasting)
+                try:
+                    view = block.view(size)
+                    lease = _Lease(view, self._returned.append)
+                except BaseException:
+                    self._store.give(block)
+                    raise
+                lease.block, lease.kind, lease.size = block, kind, size
+                self._leases.add(lease)
+                if self._took(lease, hit=fresh == 0) or fresh:
+                    self._shrink(fresh)
+            finally:
+                self._owner = None
+        for observe in self._observers:
+            observe(kind, size)
+        return view
+
+    def _took(self, lease: _Lease, *, hit: bool) -> bool:
+        """Count it; return whether a window of requests is over."""
+        self._live += lease.block.size
+        self._total.took(lease.size, hit=hit)
+        self._kinds.setdefault(lease.kind, Counters()).took(lease.size, hit=hit)
+        self._peak = max(self._peak, self._store.held)
+        return self._need.add(lease.size)
+
+    def _drain(self) -> None:
+        """Put away what has come back; finalizers only note it, since they may run anywhere."""
+        while self._returned:
+            lease = self._returned.popleft()
+            self._leases.remove(lease)
+            self._live -= lease.block.size
+            self._need.now -= lease.size
+            self._total.returned(lease.size)
+            self._kinds[lease.kind].returned(lease.size)
+            self._store.give(lease.block)
+        if (excess := self._store.held - self._live - self.budget) > 0:
+            self._evict(excess)
+
+    def _shrink(self, fresh: int) -> None:
+        """Before the caller touches fresh memory, give back what is no longer needed, or what others need."""
+        allowed = max(self._live, self._need.recent + self._need.recent // HEADROOM)
+        excess = self._store.held - allowed
+        now = time.monotonic()
+        if now - self._looked > PRESSURE_SECONDS:
+            self._looked = now
+            usage = self._machine.usage()
+            excess = max(excess, fresh + usage.limit // RESERVE - usage.available)
+        if excess > 0:
+            self._evict(excess)
+
+    def _evict(self, wanted: int) -> int:
+        count, released = self._store.release(wanted)
+        self.evictions += count
+        return released
+
+    def trim(self, wanted: int | None = None) -> int:
+        """Give unused memory back to the system, the least valuable first.
+
+        Args:
+            wanted: Bytes; all by default.
+
+        Returns:
+            Bytes given back.
+        """
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                self._drain()
+                return self._evict(self._store.held if wanted is None else wanted)
+            finally:
+                self._owner = None
+
+    def clear(self) -> None:
+        """Give back all that is unused and start counting anew; tensors that live are not touched."""
+        self.trim()
+        with self._lock:
+            self.evictions = 0
+            self._peak = self._store.held
+            for counters in (self._total, *self._kinds.values()):
+                counters.hits = counters.misses = 0
+                counters.peak = counters.live
+
+    def stats(self) -> dict[str, Any]:
+        """Return what was counted.
+
+        Returns:
+            ``hits``, ``misses`` (a hit needs no new memory of the system), ``hit_rate``, ``bytes_live`` (asked for
+            and in use), ``bytes_cached`` (kept for reuse), ``peak_bytes`` (the most that was held, both together),
+            ``fragmentation`` (the part of what is held beyond the most that was in use at once of late),
+            ``evictions``, and ``types``: the same by kind of buffer, as far as it makes sense.
+        """
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                self._drain()
+                held, need = self._store.held, self._need.recent
+                return self._total.to_dict() | {
+                    "bytes_cached": held - self._live,
+                    "peak_bytes": self._peak,
+                    "fragmentation": max(0.0, 1 - need / held) if held else 0.0,
+                    "evictions": self.evictions,
+                    "types": {kind: counters.to_dict() for kind, counters in sorted(self._kinds.items())},
+                }
+            finally:
+                self._owner = None
+
+
+_pools: weakref.WeakSet[MemoryPool] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in list(_pools):
+        pool._start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _largest(dtype: torch.dtype) -> int:
+    return 1 if dtype == torch.bool else torch.iinfo(dtype).max

@@ -1,0 +1,388 @@
+"""Memory returns with the last user of a storage; tensors that live never share a byte."""
+
+import gc
+import os
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_dilated.memory import MemoryPool
+from hf_dilated.memory.pool import pool as pool_module
+from hf_dilated.memory.pool.arena import Arena
+from hf_dilated.memory.pool.eviction import Usage
+from hf_dilated.memory.pool.sizes import size_class
+from hf_dilated.memory.system import System
+from hf_dilated.memory.system import Usage as MemoryUsage
+
+MIB = 1 << 20
+POOLED = ["lightweight", "full"]
+
+
+@pytest.fixture(params=POOLED)
+def pool(request: pytest.FixtureRequest) -> MemoryPool:
+    return MemoryPool(request.param)
+
+
+def live(pool: MemoryPool) -> int:
+    return pool.stats()["bytes_live"]
+
+
+def test_memory_waits_for_a_view(pool: MemoryPool) -> None:
+    tensor = pool.empty((1000, 1000))
+    view = tensor[5]
+    del tensor
+    assert live(pool) == 4_000_000
+    del view
+    assert live(pool) == 0
+
+
+def test_memory_waits_for_autograd(pool: MemoryPool) -> None:
+    weight = torch.randn(100, 100, requires_grad=True)
+    x = pool.empty((100, 100)).fill_(1)
+    loss = (x * weight).sum()
+    del x
+    gc.collect()
+    assert live(pool) == 40_000
+    loss.backward()
+    del loss
+    gc.collect()
+    assert live(pool) == 0
+    assert torch.equal(weight.grad, torch.ones(100, 100))
+
+
+def test_memory_waits_for_a_list_and_a_cycle(pool: MemoryPool) -> None:
+    kept = [pool.empty((64, 64)).view(-1)[7:]]
+    kept.append(kept)
+    gc.collect()
+    assert live(pool) == 64 * 64 * 4
+    del kept
+    gc.collect()
+    assert live(pool) == 0
+
+
+def test_memory_waits_for_numpy(pool: MemoryPool) -> None:
+    array = pool.empty((64, 64)).fill_(3).numpy()
+    other = pool.empty((64, 64)).fill_(4)
+    assert (array == 3).all()
+    del array
+    assert live(pool) == other.numel() * 4
+
+
+def test_memory_returns_after_an_exception(pool: MemoryPool) -> None:
+    def fails() -> None:
+        tensor = pool.empty((1000,))
+        raise RuntimeError(str(tensor.shape))
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert live(pool) == 0
+
+
+def test_a_tensor_is_like_any_other(pool: MemoryPool) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64):
+        tensor = pool.empty((3, 5, 7), dtype)
+        assert (tensor.shape, tensor.dtype) == ((3, 5, 7), dtype)
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == 105 * dtype.itemsize
+        assert torch.equal(tensor.fill_(1), torch.ones(3, 5, 7, dtype=dtype))
+    assert pool.empty((0, 4)).shape == (0, 4)
+    assert pool.empty(()).shape == ()
+
+
+def test_memory_is_reused(pool: MemoryPool) -> None:
+    for _ in range(50):
+        pool.empty((1 << 20,)).fill_(0)
+    stats = pool.stats()
+    assert (stats["hits"], stats["misses"]) == (49, 1)
+    assert stats["hit_rate"] == 0.98
+    assert stats["bytes_cached"] == stats["peak_bytes"] == 4 * MIB
+
+
+def test_neighbours_become_one() -> None:
+    pool = MemoryPool("full")
+    parts = [pool.empty((1 << 19,)) for _ in range(4)]
+    start = parts[0].data_ptr()
+    for index in (1, 3, 0, 2):
+        parts[index] = torch.empty(0)
+    whole = pool.empty((1 << 21,))
+    assert whole.data_ptr() == start
+    assert pool.stats()["misses"] == 4
+
+
+def test_what_lasts_lies_apart() -> None:
+    pool = MemoryPool("full")
+    scratch, cache, more = pool.empty((MIB,)), pool.empty((MIB,), lasting=True), pool.empty((MIB,))
+    assert cache.data_ptr() - scratch.data_ptr() > 1 << 30
+    assert more.data_ptr() - scratch.data_ptr() == 4 * MIB
+    del scratch, more
+    assert pool.empty((2 * MIB,)).data_ptr() + 8 * MIB < cache.data_ptr()
+
+
+@given(st.integers(1, 1 << 40))
+def test_a_class_wastes_at_most_an_eighth(size: int) -> None:
+    found = size_class(size)
+    assert size <= found
+    assert found <= max(size * 1.125, size + 4095)
+    if size >= 32 << 10:
+        assert found <= size * 1.125
+    assert size_class(found) == found
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> list[tuple[str, int, int]]:
+    step = st.tuples(
+        st.sampled_from(["empty", "empty", "lasting", "view", "save", "free", "free", "trim"]),
+        st.integers(0, 1 << 18),
+        st.integers(0, 1 << 16),
+    )
+    return draw(st.lists(step, max_size=60))
+
+
+Held = list[tuple[int, Tensor]]
+
+
+def run(pool: MemoryPool, held: Held, number: int, action: str, size: int, choice: int) -> None:
+    """One step of a program; every tensor is filled with the number of the step that made it."""
+    if action in ("empty", "lasting"):
+        held.append((number, pool.empty((size,), torch.int32, lasting=action == "lasting").fill_(number)))
+    elif action == "trim":
+        pool.trim(choice)
+    elif held:
+        value, tensor = held[choice % len(held)]
+        if action == "view":
+            held.append((value, tensor[len(tensor) // 3 :]))
+        elif action == "save":
+            held.append((value, (torch.ones(1, requires_grad=True) * tensor).grad_fn._saved_other))
+        else:
+            del held[choice % len(held)]
+
+
+@settings(deadline=None, max_examples=50)
+@given(programs(), st.sampled_from(POOLED), st.sampled_from([0, 1 << 20, 1 << 30]))
+def test_live_tensors_never_share_bytes(program: list[tuple[str, int, int]], mode: str, budget: int) -> None:
+    """Programs of allocate, view, save for backward and free, checked by addresses and by content."""
+    pool = MemoryPool(mode, budget=budget)
+    held: Held = []
+    for number, step in enumerate(program):
+        run(pool, held, number, *step)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in held}
+        storages.pop(0, None)  # of empty tensors
+        ends = sorted(storages.items())
+        assert all(a + size <= b for (a, size), (b, _) in zip(ends, ends[1:], strict=False))
+        stats = pool.stats()
+        assert stats["bytes_live"] == sum(storages.values())
+        assert stats["bytes_cached"] >= 0
+    assert all((tensor == value).all() for value, tensor in held)
+    held.clear()
+    assert pool.stats()["bytes_live"] == 0
+    pool.trim()
+    assert pool.stats()["bytes_cached"] == 0
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 8 * MIB), st.integers(0, 99)), max_size=80))
+def test_the_arena_keeps_count(steps: list[tuple[bool, int, int]]) -> None:
+    """Free and used ranges tile every segment; no two free ones touch; what is held is what is resident."""
+    arena = Arena(Usage(), huge_pages=False, placement=None, segment_size=16 * MIB)
+    used = []
+    for take, size, choice in steps:
+        if take or not used:
+            used.append(arena.take(size, lasting=choice % 4 == 0)[0])
+        elif choice % 5 == 0:
+            arena.release(size)
+        else:
+            arena.give(used.pop(choice % len(used)))
+        for segment in arena._segments:
+            free = sorted(segment.by_start.values(), key=lambda r: r.start)
+            tiles = sorted([(r.start, r.size) for r in [*free, *(r for r in used if r.segment is segment)]])
+            assert [start for start, _ in tiles] == [0, *(start + size for start, size in tiles)][: len(tiles)]
+            assert sum(size for _, size in tiles) == segment.mapping.size
+            assert all(a.start + a.size < b.start for a, b in zip(free, free[1:], strict=False))
+        assert arena.held == sum(s.resident.count(1) for s in arena._segments) * 2 * MIB
+        assert len(arena._by_size) == sum(len(s.by_start) for s in arena._segments)
+
+
+def test_the_budget_holds(pool: MemoryPool) -> None:
+    pool.budget = 8 * MIB
+    tensors = [pool.empty((MIB,)) for _ in range(8)]
+    assert pool.stats()["bytes_cached"] == 0
+    tensors.clear()
+    stats = pool.stats()
+    assert stats["bytes_cached"] <= 8 * MIB
+    assert stats["evictions"] > 0
+
+
+def test_no_more_is_held_than_was_needed(pool: MemoryPool) -> None:
+    """Sizes that never come back do not pile up."""
+    for size in range(1, 200):
+        pool.empty((size * 37_777,)).fill_(1)
+    stats = pool.stats()
+    assert stats["fragmentation"] < 0.15
+    assert stats["bytes_cached"] < 199 * 37_777 * 4 * 1.2
+
+
+def test_a_burst_is_forgotten(pool: MemoryPool) -> None:
+    burst = [pool.empty((4 * MIB,)) for _ in range(8)]
+    burst.clear()
+    for size in range(3000):
+        pool.empty((MIB + size * 2048,))
+    assert pool.stats()["bytes_cached"] < 64 * MIB
+
+
+def test_eviction_prefers_what_is_old_rare_and_large() -> None:
+    usage = Usage()
+    for _ in range(20):
+        usage.touch(4 * MIB)
+    usage.touch(2 * MIB)
+    often = usage.worth(4 * MIB, used=10)
+    assert often > usage.worth(2 * MIB, used=10)
+    assert often > usage.worth(4 * MIB, used=5)
+    usage.touch(8 * MIB)
+    assert usage.worth(2 * MIB, used=21) > usage.worth(8 * MIB, used=21) * 0.9
+    for _ in range(5000):
+        usage.touch(MIB)
+    assert usage.frequency(4 * MIB) < 0.01
+
+
+class Pressed(System):
+    """A machine whose memory runs out."""
+
+    available = 100 << 30
+
+    def usage(self) -> MemoryUsage:
+        return MemoryUsage(100 << 30, self.available)
+
+
+@pytest.mark.parametrize("mode", POOLED)
+def test_pressure_trims(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "PRESSURE_SECONDS", -1)
+    machine = Pressed()
+    pool = MemoryPool(mode, machine=machine)
+    kept = pool.empty((MIB,)).fill_(5)
+    pool.empty((16 * MIB,))
+    assert pool.stats()["bytes_cached"] >= 60 * MIB
+    machine.available = 1 << 30
+    large = pool.empty((32 * MIB,))
+    assert pool.stats()["bytes_cached"] <= 4 * MIB
+    assert large.shape == (32 * MIB,)
+    assert (kept == 5).all()
+
+
+def test_memory_really_goes_back(pool: MemoryPool) -> None:
+    machine = System()
+    if not machine.resident():
+        pytest.skip("the system does not tell what is resident")
+    before = machine.resident()
+    pool.empty((16 * MIB,)).fill_(1)
+    assert machine.resident() - before > 60 * MIB
+    pool.trim()
+    assert machine.resident() - before < 8 * MIB
+
+
+def test_eight_threads(pool: MemoryPool) -> None:
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        kept: list[Tensor] = []
+        for _ in range(150):
+            size = int(torch.randint(1, 1 << 18, (1,), generator=generator))
+            kept.append(pool.empty((size,), torch.int32).fill_(number))
+            if len(kept) > 4:
+                wrong.append(int((kept.pop(size % 5) != number).sum()))
+
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    assert sum(wrong) == 0
+    assert len(wrong) == 8 * 146
+    gc.collect()
+    assert live(pool) == 0
+
+
+def test_a_destructor_may_allocate(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector may run anything anywhere, also while the pool holds its lock."""
+    take, found = pool._store.take, []
+
+    def take_with_a_collection(size: int, **options: bool) -> object:
+        found.append(pool.empty((1000,)))
+        return take(size, **options)
+
+    monkeypatch.setattr(pool._store, "take", take_with_a_collection)
+    assert pool.empty((5,)).shape == (5,)
+    assert found[0].shape == (1000,)
+    assert pool.stats()["misses"] == 1
+
+
+def test_a_failing_store_leaves_the_pool_usable(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._store, "take", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no memory")))
+        with pytest.raises(MemoryError):
+            pool.empty((1000,))
+    assert pool.empty((1000,)).shape == (1000,)
+    assert live(pool) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_is_on_its_own(pool: MemoryPool) -> None:
+    tensor = pool.empty((MIB,), torch.int32).fill_(1)
+    pool.empty((MIB,))
+    pool._lock.acquire()  # as another thread may at the moment of the fork
+    child = os.fork()
+    if child == 0:
+        try:
+            good = live(pool) == 0 and pool.stats()["bytes_cached"] == 0
+            mine = pool.empty((MIB,), torch.int32).fill_(2)
+            tensor.fill_(3)
+            good &= bool((mine == 2).all())
+            del mine
+            good &= pool.stats()["bytes_cached"] == 4 * MIB
+            os._exit(0 if good else 1)
+        finally:
+            os._exit(2)
+    pool._lock.release()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (tensor == 1).all()
+    assert live(pool) == 4 * MIB
+
+
+def test_poisoned_memory_is_poisoned_here_too(pool: MemoryPool) -> None:
+    pool.empty((100,)).fill_(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert pool.empty((100,)).isnan().all()
+        assert (pool.empty((100,), torch.int16) == 32767).all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_clear_keeps_what_lives(pool: MemoryPool) -> None:
+    tensor = pool.empty((MIB,)).fill_(7)
+    pool.empty((2 * MIB,))
+    pool.clear()
+    stats = pool.stats()
+    assert (stats["hits"], stats["misses"], stats["bytes_live"], stats["bytes_cached"]) == (0, 0, 4 * MIB, 0)
+    assert (tensor == 7).all()
+
+
+def test_small_and_disabled_are_torch(pool: MemoryPool) -> None:
+    pool.smallest = 100
+    pool.empty((24,))
+    disabled = MemoryPool("disabled")
+    disabled.empty((1 << 20,))
+    assert pool.stats()["misses"] == disabled.stats()["misses"] == 0
+
+
+def test_a_pool_may_die_before_its_tensors() -> None:
+    pool = MemoryPool("full")
+    tensor = pool.empty((MIB,)).fill_(9)
+    del pool
+    gc.collect()
+    assert (tensor == 9).all()
