@@ -1,8 +1,7 @@
 """Attention patterns as data: frozen, validated, and stored in a model's ``config.json``."""
 
 from hf_dilated.config.checks import ConfigError
-from hf_dilated.config.dilated import DilatedConfig
-from hf_dilated.config.memory import MemoryConfig
+from hf_dilated.config.dilated import DilatedConfig, Offset, Overlap, Phase
 from hf_dilated.config.stored import StoredConfig
 
-__all__ = ["ConfigError", "DilatedConfig", "MemoryConfig", "StoredConfig"]
+__all__ = ["ConfigError", "DilatedConfig", "Offset", "Overlap", "Phase", "StoredConfig"]

@@ -1,5 +1,9 @@
 """Run a plan: every call on a stock kernel, merged by log-sum-exp; gradients with the global output and LSE."""
 
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
 from torch import Tensor
 
 from hf_dilated.engine import kernels
@@ -30,12 +34,14 @@ def forward(plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float)
         (float64 for float64).
     """
     total = (FusedOutput if runs_fused(query) else StreamedOutput)(query, value.shape[3])
+    chosen = _Kernels.of(query, value)
     for call in plan.calls:
-        q, k, v = _take(call, call.query, query), _take(call, call.key, key), _take(call, call.key, value)
+        (q,), (k, v) = _take(call, call.query, query), _take(call, call.key, key, value)
         if call.is_packed:
-            part, lse = _packed(q, v).forward(q, k, v, call.packed_lengths(q.device), call.is_causal, scale)
+            lengths = call.packed_lengths(q.device)
+            part, lse = chosen.packed.forward(q, k, v, lengths, call.is_causal, scale)
         else:
-            part, lse = _kernel(call, q, v).forward(q, k, v, call.is_causal, scale)
+            part, lse = chosen.for_call(call).forward(q, k, v, call.is_causal, scale)
         total.add(call.query, part, lse, call.is_first)
     return total.result()
 
@@ -44,43 +50,58 @@ def backward(
     plan: Plan, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float
 ) -> Gradients:
     """Gradients of :func:`forward`; ``output`` and ``lse`` are what it returned."""
-    total = FusedGradient if runs_fused(query) else StreamedGradient
-    totals = total(query), total(key), total(value)
+    total: Any = FusedGradient if runs_fused(query) else StreamedGradient
+    of_query, of_key, of_value = total(query), total(key), total(value)
+    chosen = _Kernels.of(query, value)
     for call in plan.calls:
-        parts = _call_backward(call, grad, query, key, value, output, lse, scale)
-        for selection, sum_, part in zip((call.query, call.key, call.key), totals, parts, strict=True):
-            sum_.add(selection, part)
-        del parts, part
-    return totals[0].result(), totals[1].result(), totals[2].result()
+        q, grad_part, output_part = _take(call, call.query, query, grad, output)
+        (k, v), (lse_part,) = _take(call, call.key, key, value), _take(call, call.query, lse)
+        tensors = grad_part, q, k, v, output_part, lse_part
+        if call.is_packed:
+            lengths = call.packed_lengths(q.device)
+            parts = chosen.packed.backward(*tensors, lengths, call.is_causal, scale)
+        else:
+            parts = chosen.for_call(call).backward(*tensors, call.is_causal, scale)
+        total.add(call.query, (of_query,), parts[:1])
+        total.add(call.key, (of_key, of_value), parts[1:])
+        del parts
+    return of_query.result(), of_key.result(), of_value.result()
 
 
-def _call_backward(
-    call: Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float
-) -> Gradients:
-    q, k, v = _take(call, call.query, query), _take(call, call.key, key), _take(call, call.key, value)
-    grad, output, lse = (_take(call, call.query, x) for x in (grad, output, lse))
-    if call.is_packed:
-        lengths = call.packed_lengths(q.device)
-        return _packed(q, v).backward(grad, q, k, v, output, lse, lengths, call.is_causal, scale)
-    return _kernel(call, q, v).backward(grad, q, k, v, output, lse, call.is_causal, scale)
+@dataclass(frozen=True)
+class _Kernels:
+    """The kernels of one pass: for sizes that recur, for others, and for sequences of different lengths."""
+
+    recurring: kernels.Kernel
+    other: kernels.Kernel
+    any_lengths: kernels.Packed | None
+
+    @classmethod
+    def of(cls, query: Tensor, value: Tensor) -> "_Kernels":
+        case = kernels.Case.of(query, value)
+        recurring = dataclasses.replace(case, recurs=True)
+        return cls(kernels.choose(recurring), kernels.choose(case), kernels.choose_packed(case))
+
+    def for_call(self, call: Call) -> kernels.Kernel:
+        return self.recurring if call.recurs else self.other
+
+    @property
+    def packed(self) -> kernels.Packed:
+        assert self.any_lengths is not None, "the plan has asked whether sequences of different lengths share a call"
+        return self.any_lengths
 
 
-def _kernel(call: Call, query: Tensor, value: Tensor) -> kernels.Kernel:
-    return kernels.choose(kernels.Case.of(query, value, recurs=call.recurs))
-
-
-def _packed(query: Tensor, value: Tensor) -> kernels.Packed:
-    packed = kernels.choose_packed(kernels.Case.of(query, value))
-    assert packed is not None, "the plan has asked whether sequences of different lengths share a call"
-    return packed
-
-
-def _take(call: Call, selection: Selection, x: Tensor) -> Tensor:
-    """Return (n, h, L, …) of x (B, H, N, …), or (T, h, …) for a packed call."""
+def _take(call: Call, selection: Selection, *tensors: Tensor) -> list[Tensor]:
+    """Return (n, h, L, …) of every x (B, H, N, …), or (T, h, …) for a packed call."""
     if selection.view is not None:
-        return selection.view.of(x).flatten(0, 1).transpose(1, 2)
-    gathered = gather(selection, x) if x.ndim == 4 and runs_fused(x) else x[selection.index(x.device)]
-    return gathered if call.is_packed else selection.batched(gathered)
+        return [selection.view.of(x).flatten(0, 1).transpose(1, 2) for x in tensors]
+    if not runs_fused(tensors[0]) or tensors[0].ndim < 4:
+        gathered = [x[selection.index(x.device)] for x in tensors]
+    elif len({x.shape[3] for x in tensors}) == 1:
+        gathered = list(gather(selection, *tensors))
+    else:  # values of another size
+        gathered = [gather(selection, x)[0] for x in tensors]
+    return gathered if call.is_packed else [selection.batched(x) for x in gathered]
 
 
 def runs_fused(x: Tensor) -> bool:

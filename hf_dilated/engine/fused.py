@@ -5,6 +5,7 @@ where it has the same layout.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -56,42 +57,65 @@ def _merge_kernel(
 
 
 @triton.jit
+def _add_rows(OUT, row, PART, part_n, part_h, part_l, n, place, i, d, mask):
+    part = tl.load(PART + (n * part_n + place * part_h + i * part_l)[:, None] + d[None, :], mask=mask, other=0.0)
+    old = tl.load(OUT + row, mask=mask, other=0.0)
+    tl.store(OUT + row, (old.to(tl.float32) + part.to(tl.float32)).to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _add_kernel(
-    OUT, PART, tokens, classes, heads, T, h, H, L, part_n, part_h, part_l,
-    D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    OUT, PART, OUT_2, PART_2, tokens, classes, heads, T, h, H, L,
+    part_n, part_h, part_l, part_2_n, part_2_h, part_2_l,
+    D: tl.constexpr, BLOCK: tl.constexpr, PAIR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     place, t, in_range, token, head = _locate(tokens, classes, heads, T, h, TILE)
     n, i = (t // L).to(tl.int64), (t % L).to(tl.int64)
     d = tl.arange(0, BLOCK)
     mask = in_range[:, None] & (d < D)[None, :]
-    row = OUT + (token.to(tl.int64) * H + head)[:, None] * D + d[None, :]
-    part = tl.load(PART + (n * part_n + place * part_h + i * part_l)[:, None] + d[None, :], mask=mask, other=0.0)
-    old = tl.load(row, mask=mask, other=0.0)
-    tl.store(row, (old.to(tl.float32) + part.to(tl.float32)).to(OUT.dtype.element_ty), mask=mask)
+    row = (token.to(tl.int64) * H + head)[:, None] * D + d[None, :]
+    _add_rows(OUT, row, PART, part_n, part_h, part_l, n, place, i, d, mask)
+    if PAIR:
+        _add_rows(OUT_2, row, PART_2, part_2_n, part_2_h, part_2_l, n, place, i, d, mask)
+
+
+@triton.jit
+def _copy_rows(OUT, to, X, slot, row, head, stride_row, stride_head, stride_token, d, mask):
+    start = row * stride_row + slot * stride_token + head * stride_head
+    x = tl.load(X + start[:, None] + d[None, :], mask=mask, other=0.0)
+    tl.store(OUT + to, x, mask=mask)
 
 
 @triton.jit
 def _gather_kernel(
-    OUT, X, tokens, classes, heads, T, h, N, stride_row, stride_head, stride_token,
-    D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    OUT, OUT_2, OUT_3, X, X_2, X_3, tokens, classes, heads, T, h, N,
+    row_stride, head_stride, token_stride, row_stride_2, head_stride_2, token_stride_2,
+    row_stride_3, head_stride_3, token_stride_3,
+    D: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     place, t, in_range, token, head = _locate(tokens, classes, heads, T, h, TILE)
     d = tl.arange(0, BLOCK)
     mask = in_range[:, None] & (d < D)[None, :]
-    row = (token // N).to(tl.int64) * stride_row + (token % N).to(tl.int64) * stride_token
-    x = tl.load(X + (row + head.to(tl.int64) * stride_head)[:, None] + d[None, :], mask=mask, other=0.0)
-    tl.store(OUT + (t.to(tl.int64) * h + place)[:, None] * D + d[None, :], x, mask=mask)
+    row, slot, head = (token // N).to(tl.int64), (token % N).to(tl.int64), head.to(tl.int64)
+    to = (t.to(tl.int64) * h + place)[:, None] * D + d[None, :]
+    _copy_rows(OUT, to, X, slot, row, head, row_stride, head_stride, token_stride, d, mask)
+    if COUNT > 1:
+        _copy_rows(OUT_2, to, X_2, slot, row, head, row_stride_2, head_stride_2, token_stride_2, d, mask)
+    if COUNT > 2:
+        _copy_rows(OUT_3, to, X_3, slot, row, head, row_stride_3, head_stride_3, token_stride_3, d, mask)
 
 
-def gather(selection: Selection, x: Tensor) -> Tensor:
-    """Return the selected rows (T, h, D) of x (B, H, N, D)."""
-    T, h, D = len(selection.tokens), selection.heads.shape[1], x.shape[3]
-    out = x.new_empty(T, h, D)
+def gather(selection: Selection, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the selected rows (T, h, D) of up to three tensors (B, H, N, D) of one shape."""
+    T, h, D = len(selection.tokens), selection.heads.shape[1], tensors[0].shape[3]
+    gathered = tensors[0].new_empty(len(tensors), T, h, D).unbind()
+    first, second, third = (tensors * 3)[:3]
     _gather_kernel[(triton.cdiv(T, TILE) * h,)](
-        out, x, *selection.tables(x.device), T, h, x.shape[2], x.stride(0), x.stride(1), x.stride(2),
-        D, triton.next_power_of_2(D), TILE,
+        *(gathered * 3)[:3], first, second, third, *selection.tables(first.device), T, h, first.shape[2],
+        *first.stride()[:3], *second.stride()[:3], *third.stride()[:3],
+        D, triton.next_power_of_2(D), len(tensors), TILE,
     )  # fmt: skip
-    return out
+    return gathered
 
 
 class FusedOutput:
@@ -101,7 +125,7 @@ class FusedOutput:
         B, H, N, _ = query.shape
         self.shape = (B, N, H, value_size)
         self.query = query
-        self.lse = query.new_full((B, H, N), -math.inf, dtype=torch.float32)
+        self.lse = query.new_empty((B, H, N), dtype=torch.float32)
         self.output: Tensor | None = None
 
     def add(self, selection: Selection, part: Tensor, part_lse: Tensor, is_first: bool) -> None:
@@ -113,7 +137,7 @@ class FusedOutput:
             view.copy_(part_lse.transpose(1, 2).reshape(view.shape))
             return
         if self.output is None:
-            self.output = self.query.new_zeros(self.shape)
+            self._start_empty()
         T, h = len(selection.tokens), selection.heads.shape[1]
         _merge_kernel[(triton.cdiv(T, TILE) * h,)](
             self.output, self.lse, part, part_lse, *selection.tables(part.device), T, h, N, H, _count(part),
@@ -122,8 +146,14 @@ class FusedOutput:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return what was merged."""
-        output = self.query.new_zeros(self.shape) if self.output is None else self.output
-        return output.transpose(1, 2), self.lse
+        if self.output is None:
+            self._start_empty()
+        assert self.output is not None
+        return self.output.transpose(1, 2), self.lse
+
+    def _start_empty(self) -> None:
+        self.output = self.query.new_zeros(self.shape)
+        self.lse.fill_(-math.inf)
 
 
 class FusedGradient:
@@ -135,23 +165,40 @@ class FusedGradient:
         self.like = like
         self.total: Tensor | None = None
 
-    def add(self, selection: Selection, part: Tensor) -> None:
-        """Take a part (n, h, L, D) or (T, h, D)."""
-        if self.total is None and selection.view is not None and _covers(selection.view, part, self.shape):
+    @staticmethod
+    def add(selection: Selection, totals: Sequence["FusedGradient"], parts: Sequence[Tensor]) -> None:
+        """Add parts (n, h, L, D) or (T, h, D) of the same rows to one or two gradients."""
+        pairs = [(total, part) for total, part in zip(totals, parts, strict=True) if not total._takes(selection, part)]
+        if len(pairs) == 2 and pairs[0][1].shape != pairs[1][1].shape:  # values of another size
+            for pair in pairs:
+                _add(selection, pair)
+        elif pairs:
+            _add(selection, *pairs)
+
+    def _takes(self, selection: Selection, part: Tensor) -> bool:
+        """Take the first part (n, h, L, D) or (T, h, D) as it is, if it has every row; else it is to be added."""
+        if self.total is not None:
+            return False
+        if selection.view is not None and _covers(selection.view, part, self.shape):
             self.total = part.transpose(1, 2).view(self.shape)
-            return
-        if self.total is None:
-            self.total = self.like.new_zeros(self.shape)
-        T, h, D = len(selection.tokens), selection.heads.shape[1], self.shape[3]
-        _add_kernel[(triton.cdiv(T, TILE) * h,)](
-            self.total, part, *selection.tables(part.device), T, h, self.shape[2], _count(part), *_strides(part),
-            D, triton.next_power_of_2(D), TILE,
-        )  # fmt: skip
+            return True
+        self.total = self.like.new_zeros(self.shape)
+        return False
 
     def result(self) -> Tensor:
         """Return the sum."""
         total = self.like.new_zeros(self.shape) if self.total is None else self.total
         return total.transpose(1, 2)
+
+
+def _add(selection: Selection, *pairs: tuple[FusedGradient, Tensor]) -> None:
+    T, h = len(selection.tokens), selection.heads.shape[1]
+    (total, part), (total_2, part_2) = pairs[0], pairs[-1]
+    D = total.shape[3]
+    _add_kernel[(triton.cdiv(T, TILE) * h,)](
+        total.total, part, total_2.total, part_2, *selection.tables(part.device), T, h, total.shape[2], _count(part),
+        *_strides(part), *_strides(part_2), D, triton.next_power_of_2(D), len(pairs) == 2, TILE,
+    )  # fmt: skip
 
 
 def _covers(view: View, part: Tensor, shape: tuple[int, ...]) -> bool:

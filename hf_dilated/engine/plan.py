@@ -20,6 +20,7 @@ from hf_dilated.patterns.documents import Documents, Integers
 from hf_dilated.patterns.partials import Level, Pattern, Spans
 
 LARGEST_VIEWED_RATE = 4  # rows further apart are gathered: the copy costs less than strided reads and many launches
+SMALL_CALL = 1 << 17  # rows (token and head) up to which a launch costs more than gathering them
 REGULAR_SIZE = 128  # sizes that come from segments rather than from the end of a document
 PLANS_KEPT = 16
 
@@ -135,7 +136,7 @@ def make_plan(pattern: Pattern, documents: Documents, heads: int, kv_heads: int,
         heads: Query heads H.
         kv_heads: Key-value heads G.
         is_causal: Whether tokens see only earlier ones.
-        packs: Whether one call can hold sequences of different lengths.
+        packs: Whether one call can hold sequences of different lengths; small calls then share one, too.
     """
     calls: list[Call] = []
     for depth, level in enumerate(pattern.levels(documents, heads, kv_heads, is_causal)):
@@ -160,7 +161,8 @@ def _lower(level: Level, documents: Documents, repeats: int, packs: bool, is_fir
     for group in _groups(level, repeats):
         query = _view(group.query, group.heads, documents.rows, documents.queries)
         key = _view(group.key, group.key_heads, documents.rows, documents.keys)
-        if query and key:
+        is_small = packs and len(level) > 1 and group.query.count.sum() * len(group.heads) <= SMALL_CALL
+        if query and key and not is_small:
             yield _call([group], documents, is_first, query, key)
         else:
             size = int(group.query.count[0]), int(group.key.count[0])

@@ -1,6 +1,7 @@
 """Merge parts one after the other with plain tensor operations, in float32 (float64 for float64)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,8 +46,13 @@ class StreamedGradient:
         B, H, N, D = like.shape
         self.total = like.new_zeros((B, N, H, D), dtype=wide(like.dtype)).transpose(1, 2)
 
-    def add(self, selection: Selection, part: Tensor) -> None:
-        """Take a part (n, h, L, D) or (T, h, D)."""
+    @staticmethod
+    def add(selection: Selection, totals: Sequence["StreamedGradient"], parts: Sequence[Tensor]) -> None:
+        """Add parts (n, h, L, D) or (T, h, D) of the same rows to gradients."""
+        for gradient, part in zip(totals, parts, strict=True):
+            gradient._add(selection, part)
+
+    def _add(self, selection: Selection, part: Tensor) -> None:
         part = packed(part, 4).to(self.total.dtype)
         if selection.view is None:
             self.total.index_put_(selection.index(part.device), part, accumulate=True)

@@ -160,7 +160,7 @@ def _measure_mode(
             run.give_up(case, variant, mode, "out of memory" if too_large else "unavailable", first_line(error))
         timing.release()
     _drop_what_takes_too_long(run, case, mode, [variant for variant, _, _ in prepared], calls, once)
-    repeats = {name: timing.repeats_for(once[name]) for name in calls}
+    repeats = {name: timing.repeats_for(once[name], case.device) for name in calls}
     samples = timing.interleave(calls, repeats, case.device, rounds=run.rounds)
     for variant, _, prepare_seconds in prepared:
         if seconds := samples.get(variant.name):
@@ -190,7 +190,7 @@ def _drop_what_takes_too_long(
     """Drop the control, then the slowest, until the rest fits into the budget."""
     order = sorted((x for x in chosen if x.name in calls), key=lambda x: (not x.is_control, -once[x.name]))
     for variant in order:
-        seconds = sum(max(once[name], timing.SHORTEST_SAMPLE) for name in calls) * run.rounds
+        seconds = sum(timing.sample_seconds(once[name], case.device) for name in calls) * run.rounds
         if seconds < run.left():
             return
         del calls[variant.name]

@@ -1,6 +1,7 @@
 """How it is measured: interleaved in random order, medians with intervals, peak memory."""
 
 import gc
+import math
 import multiprocessing
 import random
 import statistics
@@ -15,7 +16,8 @@ from torch import Tensor
 
 Call = Callable[[], Any]
 
-SHORTEST_SAMPLE = 5e-3  # seconds; shorter calls are repeated within a sample
+SHORTEST_SAMPLE = {"cpu": 5e-3, "cuda": 2e-2}  # seconds; shorter calls are repeated within a sample
+SETTLING = {"cpu": 0.0, "cuda": 3e-2}  # seconds of untimed calls before a sample: a GPU's clock follows its load
 
 
 def time_call(call: Call, repeats: int, device: str) -> float:
@@ -34,15 +36,18 @@ def time_call(call: Call, repeats: int, device: str) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def repeats_for(seconds: float) -> int:
+def repeats_for(seconds: float, device: str) -> int:
     """Return how many calls make a sample long enough to be timed."""
-    return max(1, int(SHORTEST_SAMPLE / max(seconds, 1e-7)))
+    return max(1, int(SHORTEST_SAMPLE[device] / max(seconds, 1e-7)))
 
 
 def interleave(
     calls: Mapping[str, Call], repeats: Mapping[str, int], device: str, *, rounds: int, seed: int = 0
 ) -> dict[str, list[float]]:
     """Time every call once a round, each round in another random order.
+
+    A dense call drives a GPU to its power limit, and what runs right behind it runs at a lowered clock. So every
+    sample, also a dense one, follows untimed calls of its own.
 
     Returns:
         Seconds of each call, one entry a round.
@@ -51,8 +56,23 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in shuffle.sample(list(calls), len(calls)):
+            settle(calls[name], repeats[name], device)
             seconds[name].append(time_call(calls[name], repeats[name], device))
     return seconds
+
+
+def sample_seconds(seconds: float, device: str) -> float:
+    """Return what a sample of a call costs, with its settling."""
+    return max(seconds, SHORTEST_SAMPLE[device]) + (max(seconds, SETTLING[device]) if SETTLING[device] else 0.0)
+
+
+def settle(call: Call, repeats: int, device: str) -> None:
+    """Let the device reach the state in which it runs this call again and again."""
+    if not SETTLING[device]:
+        return
+    for _ in range(math.ceil(repeats * SETTLING[device] / SHORTEST_SAMPLE[device])):
+        call()
+    torch.cuda.synchronize()
 
 
 def ratio(
