@@ -2,6 +2,7 @@
 
 from hf_dilated.config.checks import ConfigError
 from hf_dilated.config.dilated import DilatedConfig, Offset, Overlap, Phase
+from hf_dilated.config.memory import MemoryConfig
 from hf_dilated.config.stored import StoredConfig
 
-__all__ = ["ConfigError", "DilatedConfig", "Offset", "Overlap", "Phase", "StoredConfig"]
+__all__ = ["ConfigError", "DilatedConfig", "MemoryConfig", "Offset", "Overlap", "Phase", "StoredConfig"]
