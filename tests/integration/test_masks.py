@@ -156,7 +156,7 @@ def test_decoding_on_a_device_asks_the_host_for_nothing():
 
 
 def test_positions_stay_where_they_are_whatever_the_default_device():
-    mask = torch.tensor([[False, True, True, True]])
+    mask = torch.tensor([[False, True, True, True]], device="cpu")
     with torch.device("meta"):
         positions = position_mask(1, 4, 4, attention_mask=mask, config=CONFIG, device="cpu")
     assert rows(positions) == [[-1, 0, 1, 2]]
