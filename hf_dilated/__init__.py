@@ -1,12 +1,22 @@
 """Long-context attention for the Transformers models you already have."""
 
-from hf_dilated.config import ConfigError, DilatedConfig, MemoryConfig, StoredConfig
-from hf_dilated.functional import dilated_attention
+from hf_dilated.config import (
+    BlockParts,
+    BlockSparseConfig,
+    ConfigError,
+    DilatedConfig,
+    MemoryConfig,
+    StoredConfig,
+    block_mask_of,
+)
+from hf_dilated.functional import block_sparse_attention, dilated_attention
 from hf_dilated.integration.registration import register
 from hf_dilated.memory import MemoryPolicy, MemoryPool, auto_configure_memory_pool
 
 __version__ = "0.1.0"
 __all__ = [
+    "BlockParts",
+    "BlockSparseConfig",
     "ConfigError",
     "DilatedConfig",
     "MemoryConfig",
@@ -14,6 +24,8 @@ __all__ = [
     "MemoryPool",
     "StoredConfig",
     "auto_configure_memory_pool",
+    "block_mask_of",
+    "block_sparse_attention",
     "dilated_attention",
 ]
 

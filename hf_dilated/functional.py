@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from hf_dilated.config import DilatedConfig
+from hf_dilated.config import BlockSparseConfig, DilatedConfig
 from hf_dilated.engine import op
-from hf_dilated.patterns import DensePattern, DilatedPattern
+from hf_dilated.patterns import BlockSparsePattern, DilatedPattern, Pattern
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
@@ -60,14 +60,44 @@ def dilated_attention(
         >>> dilated_attention(query, key, value, pattern).shape
         torch.Size([1, 8, 100, 32])
     """
-    if key_positions is None:
-        key_positions = _positions(query, key, attention_mask, position_ids)
-    elif attention_mask is not None or position_ids is not None:
-        raise ValueError("key_positions: already say what attention_mask and position_ids do; pass one or the others")
-    pattern = DilatedPattern(config=config, layer=layer)
+    positions = _positions(query, key, attention_mask, position_ids, key_positions)
     return attend(
-        query, key, value, pattern,
-        is_causal=is_causal, scale=scale, key_positions=key_positions, return_lse=return_lse,
+        query, key, value, DilatedPattern(config=config, layer=layer),
+        is_causal=is_causal, scale=scale, key_positions=positions, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: BlockSparseConfig,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    layer: int = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Block-sparse attention: one softmax over the blocks that the parts of a configuration show.
+
+    Arguments, result and errors are those of :func:`dilated_attention`.
+
+    Args:
+        config: Parts, block size and options. Its ``dense_layers`` belong to a model; here the pattern always runs.
+
+    Example:
+        >>> query, key, value = (torch.randn(1, 8, 1000, 32) for _ in range(3))
+        >>> pattern = BlockSparseConfig(block_size=64, local_blocks=2, global_blocks=1, stride_blocks=8)
+        >>> block_sparse_attention(query, key, value, pattern).shape
+        torch.Size([1, 8, 1000, 32])
+    """
+    positions = _positions(query, key, attention_mask, position_ids, key_positions)
+    return attend(
+        query, key, value, BlockSparsePattern(config=config, layer=layer),
+        is_causal=is_causal, scale=scale, key_positions=positions, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -75,7 +105,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pattern: DensePattern | DilatedPattern,
+    pattern: Pattern,
     *,
     is_causal: bool = True,
     scale: float | None = None,
@@ -111,7 +141,7 @@ def attend(
     return (output, lse.detach()) if return_lse else output
 
 
-def _is_stock(query: Tensor, key: Tensor, pattern: DensePattern | DilatedPattern, is_causal: bool) -> bool:
+def _is_stock(query: Tensor, key: Tensor, pattern: Pattern, is_causal: bool) -> bool:
     """Whether torch's own attention does the same as well: one dense document, whole or its last token."""
     N, M = query.shape[2], key.shape[2]
     if query.is_cuda and query.dtype == torch.float32 and query.shape[1] != key.shape[1]:
@@ -119,8 +149,20 @@ def _is_stock(query: Tensor, key: Tensor, pattern: DensePattern | DilatedPattern
     return pattern.is_dense(M) and (N == M or (N == 1 and is_causal))
 
 
-def _positions(query: Tensor, key: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+def _positions(
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    key_positions: Tensor | None,
+) -> Tensor | None:
     """Number the real tokens of every document from 0, padding -1: (B, M), or None if there is nothing to say."""
+    if key_positions is not None:
+        if attention_mask is not None or position_ids is not None:
+            raise ValueError(
+                "key_positions: already say what attention_mask and position_ids do; pass one or the others"
+            )
+        return key_positions
     if attention_mask is None and position_ids is None:
         return None
     B, N, M = query.shape[0], query.shape[2], key.shape[2]

@@ -1,5 +1,6 @@
 """Generated attention problems: patterns, shapes, padding, packing, static caches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,16 +8,32 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_dilated import DilatedConfig, reference
+import hf_dilated
+from hf_dilated import BlockParts, BlockSparseConfig, DilatedConfig, reference
+
+Config = DilatedConfig | BlockSparseConfig
+Attention = Callable[..., Any]
+ATTENTION: dict[type, tuple[Attention, Attention]] = {
+    DilatedConfig: (hf_dilated.dilated_attention, reference.dilated_attention),
+    BlockSparseConfig: (hf_dilated.block_sparse_attention, reference.block_sparse_attention),
+}
 
 
 @dataclass
 class Case:
-    config: DilatedConfig
+    config: Config
     query: Tensor
     key: Tensor
     value: Tensor
     options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, **more: Any) -> Any:
+        """What the engine says."""
+        return ATTENTION[type(self.config)][0](self.query, self.key, self.value, self.config, **self.options, **more)
+
+    def right(self, **more: Any) -> Any:
+        """What the oracle says."""
+        return ATTENTION[type(self.config)][1](self.query, self.key, self.value, self.config, **self.options, **more)
 
     def to(self, dtype: torch.dtype) -> "Case":
         """The same problem in another dtype, with inputs that take gradients."""
@@ -49,6 +66,37 @@ def configs(draw: st.DrawFn) -> DilatedConfig:
     )
 
 
+def _count(most: int) -> st.SearchStrategy[int]:
+    """0 half of the time."""
+    return st.one_of(st.just(0), st.integers(1, most))
+
+
+@st.composite
+def block_parts(draw: st.DrawFn, mask_blocks: int = 0) -> BlockParts:
+    """Any parts but those that choose by content; a mask, if there is one, has ``mask_blocks`` rows."""
+    mask = None
+    if mask_blocks and draw(st.booleans()):
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+        mask = torch.rand(mask_blocks, mask_blocks, generator=generator) < 0.3
+    return BlockParts(
+        local_blocks=draw(st.integers(0 if mask is not None else 1, 3)),
+        global_blocks=draw(_count(2)),
+        stride_blocks=draw(_count(5)),
+        dilated_blocks=draw(_count(4)),
+        random_blocks=draw(_count(3)),
+        block_mask=mask,
+    )
+
+
+@st.composite
+def block_configs(draw: st.DrawFn, longest: int = 40) -> BlockSparseConfig:
+    size = draw(st.sampled_from([1, 2, 4, 8]))
+    groups = draw(st.integers(1, 2))
+    parts = block_parts(mask_blocks=-(-longest // size))
+    layers = draw(st.lists(st.lists(parts, min_size=groups, max_size=groups), min_size=1, max_size=2))
+    return BlockSparseConfig(block_size=size, seed=draw(st.integers(0, 3)), layers=layers)
+
+
 def _tensor(draw: st.DrawFn, rows: int, heads: int, tokens: int, size: int) -> Tensor:
     """Random numbers in one of the two memory layouts that models use, or in one that nobody should."""
     match draw(st.sampled_from(["by head", "by token", "by token", "transposed"])):
@@ -77,9 +125,14 @@ def _packing(draw: st.DrawFn, rows: int, keys: int) -> Tensor:
 
 
 @st.composite
-def cases(draw: st.DrawFn, longest: int = 40, head_size: int = 4) -> Case:
+def cases(
+    draw: st.DrawFn, longest: int = 40, head_size: int = 4, config: st.SearchStrategy[Config] | None = None
+) -> Case:
     torch.manual_seed(draw(st.integers(0, 1 << 16)))
+    chosen = draw(configs() if config is None else config)
     kv_heads, repeats = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 4, 7]))
+    if isinstance(chosen, BlockSparseConfig):
+        repeats *= 2  # groups of heads are equally large
     rows, keys = draw(st.integers(1, 3)), draw(st.integers(1, longest))
     queries = draw(st.one_of(st.just(keys), st.integers(1, keys)))
     options: dict[str, Any] = {"is_causal": draw(st.booleans()), "layer": draw(st.integers(0, 5))}
@@ -97,4 +150,4 @@ def cases(draw: st.DrawFn, longest: int = 40, head_size: int = 4) -> Case:
     query = _tensor(draw, rows, kv_heads * repeats, queries, head_size)
     key, value = (_tensor(draw, rows, kv_heads, slots, head_size) for _ in range(2))
     key[:, :, keys:] = value[:, :, keys:] = 1e6  # nobody may look at slots that are not written
-    return Case(draw(configs()), query, key, value, options)
+    return Case(chosen, query, key, value, options)

@@ -50,3 +50,21 @@ def at_least(name: str, values: Sequence[int], least: int) -> None:
 def one_of(name: str, value: Any, options: Sequence[str]) -> None:
     if value not in options:
         raise ConfigError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def longest_input(config: Any, max_length: int | None) -> int:
+    """Return the longest sequence, in tokens, of a Transformers configuration or ``max_length``, the larger.
+
+    Raises:
+        ConfigError: If neither gives one.
+    """
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if max_length is not None:
+        at_least("max_length", (integer("max_length", max_length),), 1)
+    if positions is None and max_length is None:
+        raise ConfigError(
+            f"max_length: {type(config).__name__} has no max_position_embeddings; pass max_length=…, "
+            "the longest sequence in tokens"
+        )
+    return max(positions or 0, max_length or 0)

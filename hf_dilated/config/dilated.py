@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from hf_dilated.config.checks import ConfigError, at_least, integer, integers, known_fields, one_of
+from hf_dilated.config.checks import ConfigError, at_least, integer, integers, known_fields, longest_input, one_of
 
 Overlap = Literal["once", "count"]
 Offset = Literal["head", "kv_head", "grouped"]
@@ -158,14 +158,7 @@ class DilatedConfig:
         """
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         positions = getattr(text_config, "max_position_embeddings", None)
-        if max_length is not None:
-            at_least("max_length", (integer("max_length", max_length),), 1)
-        if positions is None and max_length is None:
-            raise ConfigError(
-                f"max_length: {type(config).__name__} has no max_position_embeddings; pass max_length=…, "
-                "the longest sequence in tokens"
-            )
-        longest = max(positions or 0, max_length or 0)
+        longest = longest_input(config, max_length)
         segments = [min(SHORTEST_SEGMENT, positions or longest)]
         while segments[-1] < longest:
             segments.append(2 * segments[-1])

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_dilated.config.block_sparse import BlockSparseConfig
 from hf_dilated.config.checks import ConfigError, known_fields
 from hf_dilated.config.dilated import DilatedConfig
 from hf_dilated.config.memory import MemoryConfig
 
 STORED_VERSION = 1
+PARTS: dict[str, Any] = {"dilated": DilatedConfig, "block_sparse": BlockSparseConfig, "memory": MemoryConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class StoredConfig:
 
     attn_implementation: str | None = None
     dilated: DilatedConfig | None = None
+    block_sparse: BlockSparseConfig | None = None
     memory: MemoryConfig | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -32,11 +35,7 @@ class StoredConfig:
         stored: dict[str, Any] = {"version": STORED_VERSION}
         if self.attn_implementation is not None:
             stored["attn_implementation"] = self.attn_implementation
-        if self.dilated is not None:
-            stored["dilated"] = self.dilated.to_dict()
-        if self.memory is not None:
-            stored["memory"] = self.memory.to_dict()
-        return stored
+        return stored | {name: part.to_dict() for name in PARTS if (part := getattr(self, name)) is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "StoredConfig":
@@ -58,8 +57,7 @@ class StoredConfig:
         name = fields.get("attn_implementation")
         if name is not None and not isinstance(name, str):
             raise ConfigError(f"attn_implementation: expected a name, got {name!r}")
-        if fields.get("dilated") is not None and not isinstance(fields["dilated"], DilatedConfig):
-            fields["dilated"] = DilatedConfig.from_dict(fields["dilated"])
-        if fields.get("memory") is not None and not isinstance(fields["memory"], MemoryConfig):
-            fields["memory"] = MemoryConfig.from_dict(fields["memory"])
+        for part, config_class in PARTS.items():
+            if fields.get(part) is not None and not isinstance(fields[part], config_class):
+                fields[part] = config_class.from_dict(fields[part])
         return cls(**fields)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_dilated.engine.execute import HAS_TRITON, runs_fused
 from hf_dilated.engine.streamed import wide
-from hf_dilated.patterns import DensePattern, DilatedPattern
+from hf_dilated.patterns import DilatedPattern, Pattern
 
 if HAS_TRITON:
     from hf_dilated.engine.fused_decode import fused_decode
@@ -19,7 +19,7 @@ def decode(
     key: Tensor,
     value: Tensor,
     key_positions: Tensor | None,
-    pattern: DensePattern | DilatedPattern,
+    pattern: Pattern,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attend from the last written token.

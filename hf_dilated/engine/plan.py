@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_dilated.engine.kernels import PackedLengths
 from hf_dilated.patterns.documents import Documents, Integers
-from hf_dilated.patterns.partials import Level, Pattern, Spans
+from hf_dilated.patterns.partials import Gathered, Level, Pattern, Spans
 
 LARGEST_VIEWED_RATE = 4  # rows further apart are gathered: the copy costs less than strided reads and many launches
 SMALL_CALL = 1 << 17  # rows (token and head) up to which a launch costs more than gathering them
@@ -152,7 +152,7 @@ class _Group:
     heads: tuple[int, ...]
     key_heads: tuple[int, ...]
     query: Spans
-    key: Spans
+    key: Spans | Gathered
     is_causal: bool
 
 
@@ -209,8 +209,10 @@ def _pack(gathered: dict[Any, list[_Group]]) -> dict[Any, list[_Group]]:
     return packed
 
 
-def _view(spans: Spans, heads: tuple[int, ...], rows: int, length: int) -> View | None:
+def _view(spans: Spans | Gathered, heads: tuple[int, ...], rows: int, length: int) -> View | None:
     """Describe equally long spans as a strided view, if they repeat in every row at regular distances."""
+    if isinstance(spans, Gathered):
+        return None
     steps = set(np.diff(heads).tolist()) or {1}
     if not 0 < spans.step <= LARGEST_VIEWED_RATE or len(steps) > 1 or min(steps) < 1 or len(spans.start) % rows:
         return None
@@ -243,13 +245,12 @@ def _call(
     )
 
 
-def _side(spans: Iterable[tuple[Spans, tuple[int, ...]]], length: int, view: View | None) -> Selection:
+def _side(spans: Iterable[tuple[Spans | Gathered, tuple[int, ...]]], length: int, view: View | None) -> Selection:
     classes: dict[tuple[int, ...], int] = {}
     tokens, head_class, lengths = [], [], []
     for span, heads in spans:
-        within = np.arange(span.count.sum()) - np.repeat(np.cumsum(span.count) - span.count, span.count)
-        tokens.append(np.repeat(span.start, span.count) + within * span.step)
-        head_class.append(np.full(len(within), classes.setdefault(heads, len(classes))))
+        tokens.append(span.tokens())
+        head_class.append(np.full(len(tokens[-1]), classes.setdefault(heads, len(classes))))
         lengths.append(span.count)
     return Selection(
         tokens=np.concatenate(tokens),

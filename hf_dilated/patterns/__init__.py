@@ -3,14 +3,16 @@
 import ast
 from functools import lru_cache
 
+from hf_dilated.patterns.block_sparse import BlockSparsePattern
 from hf_dilated.patterns.dense import DensePattern
 from hf_dilated.patterns.dilated import DilatedPattern
+from hf_dilated.patterns.partials import Pattern
 
-__all__ = ["DensePattern", "DilatedPattern", "parse"]
+__all__ = ["BlockSparsePattern", "DensePattern", "DilatedPattern", "Pattern", "parse"]
 
 
 @lru_cache(maxsize=1024)
-def parse(spec: str) -> DensePattern | DilatedPattern:
+def parse(spec: str) -> Pattern:
     """Read a pattern from its ``spec``, the text that operators carry.
 
     Example:
@@ -21,4 +23,4 @@ def parse(spec: str) -> DensePattern | DilatedPattern:
     values = ast.literal_eval(fields)
     if kind == "dense":
         return DensePattern(window=values)
-    return DilatedPattern.from_fields(values)
+    return {"dilated": DilatedPattern, "block_sparse": BlockSparsePattern}[kind].from_fields(values)

@@ -1,7 +1,7 @@
 """Partial attentions: the language in which a pattern says who attends to whom.
 
-A partial is dense: its queries and keys are arithmetic progressions of tokens, and every query sees every
-key, or (causal) query ``i`` sees the keys ``0 … i``. Partials merge exactly by their log-sum-exp.
+A partial is dense: its queries and keys are sequences of tokens, mostly arithmetic progressions, and every query sees
+every key, or (causal) query ``i`` sees the keys ``0 … i``. Partials merge exactly by their log-sum-exp.
 """
 
 from collections.abc import Sequence
@@ -29,14 +29,46 @@ class Spans:
         """Elements ``first … first + count`` of every progression."""
         return Spans(self.start + first * self.step, count, self.step)
 
+    def tokens(self) -> Integers:
+        """The token indices, one progression after the other."""
+        return np.repeat(self.start, self.count) + _within(self.count) * self.step
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """``n`` sequences of flat token indices in any order; a token may be in several of them."""
+
+    index: Integers  # (sum of count,) one sequence after the other
+    count: Integers  # (n,)
+
+    @classmethod
+    def of_runs(cls, sequence: Integers, start: Integers, count: Integers, sequences: int) -> "Gathered":
+        """Put runs of ``count`` tokens from ``start`` side by side in the sequence to which each belongs."""
+        order = np.argsort(sequence, kind="stable")
+        runs = Spans(start[order], count[order], 1)
+        return cls(runs.tokens(), np.bincount(sequence, count, sequences).astype(np.int64))
+
+    def __getitem__(self, chosen: Integers) -> "Gathered":
+        start, count = (np.cumsum(self.count) - self.count)[chosen], self.count[chosen]
+        return Gathered(self.index[Spans(start, count, 1).tokens()], count)
+
+    def tokens(self) -> Integers:
+        """The token indices, one sequence after the other."""
+        return self.index
+
+
+def _within(count: Integers) -> Integers:
+    """Number the elements of sequences from 0, one sequence after the other."""
+    return np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+
 
 @dataclass(frozen=True)
 class Partials:
-    """``n`` partial attentions of the same heads; each query and each key appears in at most one of them."""
+    """``n`` partial attentions of the same heads; each query appears in at most one of them."""
 
     heads: tuple[int, ...]
     query: Spans
-    key: Spans
+    key: Spans | Gathered
     is_causal: bool
 
     def __post_init__(self) -> None:
@@ -44,7 +76,7 @@ class Partials:
             assert np.array_equal(self.query.count, self.key.count), "a causal partial is square"
 
 
-# Partials of one level have disjoint queries and disjoint keys (a query being a token and a head).
+# Partials of one level have disjoint queries (a query being a token and a head), and disjoint keys unless gathered.
 Level = list[Partials]
 
 
@@ -73,7 +105,7 @@ class Pattern(Protocol):
         ...
 
 
-def rectangle(heads: Sequence[int], query: Spans, key: Spans) -> list[Level]:
+def rectangle(heads: Sequence[int], query: Spans, key: Spans | Gathered) -> list[Level]:
     """Every query sees every key of its progression; empty ones are left out."""
     kept = np.flatnonzero((query.count > 0) & (key.count > 0))
     if not len(kept):

@@ -1,7 +1,4 @@
-"""The oracle: dilated attention straight from its definition, dense and in float64.
-
-Nothing here is shared with the engine, and nothing is fast. Every backend is tested against this file.
-"""
+"""Dilated attention straight from its definition."""
 
 import math
 
@@ -9,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_dilated.config import DilatedConfig
+from hf_dilated.reference.dense import positions, softmax_over
 
 
 def dilated_attention(
@@ -36,24 +34,14 @@ def dilated_attention(
         >>> dilated_attention(q, k, v, pattern).shape
         torch.Size([1, 2, 8, 4])
     """
-    B, H, N, D = query.shape
+    B, H, N, _ = query.shape
     G, M = key.shape[1:3]
-    query, key, value = query.double(), key.double(), value.double()
     if key_positions is None:
         key_positions = positions(B, N, M, attention_mask, position_ids).to(query.device)
     m = torch.stack(
         [multiplicity(row, N, config, heads=H, kv_heads=G, is_causal=is_causal, layer=layer) for row in key_positions]
     )  # (B, H, N, M)
-    key, value = key.repeat_interleave(H // G, dim=1), value.repeat_interleave(H // G, dim=1)
-    value = torch.where(m.any(2).unsqueeze(-1), value, 0)  # whatever lies in slots that nobody sees
-    scores = query @ torch.where(m.any(2).unsqueeze(-1), key, 0).transpose(2, 3)
-    scores = scores * (1 / math.sqrt(D) if scale is None else scale) + m.double().log()
-    sees = m.any(-1, keepdim=True)  # a row that sees no key has output 0 and LSE -inf
-    weights = torch.where(sees, torch.where(sees, scores, 0).softmax(-1), 0)
-    output = weights @ value
-    if not return_lse:
-        return output
-    return output, torch.where(sees[..., 0], torch.where(sees, scores, 0).logsumexp(-1), -math.inf)
+    return softmax_over(m, query, key, value, scale, return_lse)
 
 
 def multiplicity(
@@ -110,26 +98,3 @@ def residue(head: int, rate: int, config: DilatedConfig, *, heads: int, kv_heads
         "grouped": head // math.ceil(heads / rate),
     }[config.offset]
     return (base + (layer if config.rotate else 0)) % rate
-
-
-def positions(
-    batch: int, queries: int, keys: int, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> Tensor:
-    """Number the real tokens of every document from 0; padding is -1. Returns (B, M) integers.
-
-    A document starts at a real token whose ``position_ids`` entry is not its predecessor's plus one.
-    ``position_ids`` of shape (B, N) belong to the last N slots; nothing starts before them.
-    """
-    result = torch.full((batch, keys), -1)
-    for b in range(batch):
-        count = 0
-        for slot in range(keys):
-            if attention_mask is not None and not attention_mask[b, slot]:
-                continue
-            if position_ids is not None:
-                t = slot - (keys - position_ids.shape[1])
-                if t >= 1 and position_ids[b, t] != position_ids[b, t - 1] + 1:
-                    count = 0
-            result[b, slot] = count
-            count += 1
-    return result

@@ -1,0 +1,184 @@
+"""Block-sparse attention: rows of blocks."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_dilated.config import BlockParts, BlockSparseConfig
+from hf_dilated.patterns.blocks import NONE, earlier_blocks, stream_of, visited_pairs
+from hf_dilated.patterns.documents import Documents
+from hf_dilated.patterns.partials import Gathered, Level, Spans, merge_levels, rectangle, staircase
+
+
+class Group(NamedTuple):
+    """Query heads that see the same blocks."""
+
+    heads: range
+    parts: BlockParts
+    stream: int
+
+
+class Tiles(NamedTuple):
+    """Blocks of queries of all documents, and the blocks of keys that each of them sees.
+
+    Attributes:
+        document: (T,) index of the document.
+        row: (T,) index of the block within its document.
+        edge: (T,) the key block that not every query sees whole: the own one if causal, else the last one if it is
+            shorter than the others; -1 if there is none.
+        start: (T,) where its other key blocks, which are whole and seen by all of its queries, begin in ``blocks``.
+        count: (T,) how many they are.
+        blocks: (P,) indices of key blocks within their document, in order for each tile.
+    """
+
+    document: Tensor
+    row: Tensor
+    edge: Tensor
+    start: Tensor
+    count: Tensor
+    blocks: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSparsePattern:
+    """The pattern of one layer.
+
+    Args:
+        config: The parts of layers and heads.
+        layer: Ordinal of the layer among those that run the pattern.
+    """
+
+    config: BlockSparseConfig
+    layer: int = 0
+
+    @cached_property
+    def spec(self) -> str:
+        """The pattern as text, read by :func:`hf_dilated.patterns.parse`; layers of one pattern have one text."""
+        return f"block_sparse {({**self.config.to_dict(), 'dense_layers': []}, self._turn)}"
+
+    @property
+    def _turn(self) -> int:
+        return self.layer % max(1, len(self.config.layers))
+
+    @classmethod
+    def from_fields(cls, fields: tuple[Any, ...]) -> "BlockSparsePattern":
+        """Build a pattern from the fields of its :attr:`spec`."""
+        config, layer = fields
+        return cls(config=BlockSparseConfig.from_dict(config), layer=layer)
+
+    def is_dense(self, length: int) -> bool:
+        """Whether a document of a length certainly sees all of itself."""
+        return length <= self.config.dense_length(self.layer)
+
+    @property
+    def chosen_blocks(self) -> int:
+        """How many blocks a token chooses by their content, at most over the heads."""
+        return max(parts.topk_blocks for parts in self.config.parts(self.layer))
+
+    def groups(self, heads: int) -> list[Group]:
+        """Split the query heads into those that see the same blocks.
+
+        Raises:
+            ValueError: If they cannot be split into equally large groups.
+        """
+        parts = self.config.parts(self.layer)
+        if heads % len(parts):
+            raise ValueError(f"layers: {len(parts)} groups of heads do not divide {heads} query heads")
+        size = heads // len(parts)
+        return [
+            Group(range(n * size, (n + 1) * size), own, stream_of(self.config.seed, self._turn, n))
+            for n, own in enumerate(parts)
+        ]
+
+    def levels(self, documents: Documents, heads: int, kv_heads: int, is_causal: bool) -> list[Level]:
+        """List the partial attentions (:class:`hf_dilated.patterns.partials.Pattern`)."""
+        per_group = [self._levels(group, documents, is_causal) for group in self.groups(heads)]
+        return merge_levels(per_group)
+
+    def visible(self, position: Tensor, keys: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """List the positions that one causal query sees (:class:`hf_dilated.patterns.partials.Pattern`)."""
+        size = self.config.block_size
+        blocks = -(-keys // size)
+        within = torch.arange(size, device=position.device)
+        rows = []
+        for group in self.groups(heads):
+            _check_mask(group.parts, blocks)
+            seen = earlier_blocks(group.parts, position // size, blocks, group.stream)
+            seen = (seen[:, :, None] * size + within).flatten(1)  # (B, K)
+            rows.append(seen[:, None].expand(-1, len(group.heads), -1))
+        longest = max(row.shape[2] for row in rows)
+        rows = [torch.nn.functional.pad(row, (0, longest - row.shape[2]), value=NONE) for row in rows]
+        positions = torch.cat(rows, 1)
+        return positions, positions <= position[:, None, None]
+
+    def tiles(self, group: Group, documents: Documents, is_causal: bool, device: str | torch.device) -> Tiles:
+        """List the blocks of queries that lie in documents, with the blocks of keys that they see."""
+        size = self.config.block_size
+        longest = -(-max(documents.length, default=0) // size)
+        _check_mask(group.parts, longest)
+        length, first = (torch.tensor(x, device=device) for x in (documents.length, documents.first_query))
+        blocks = -(-length // size)
+        count = blocks - first // size
+        document = torch.arange(len(length), device=device).repeat_interleave(count)
+        row = torch.arange(len(document), device=device) + (blocks - count.cumsum(0))[document]
+        has_edge = torch.ones_like(row, dtype=torch.bool) if is_causal else (length % size != 0)[document]
+        edge, start, stop = torch.full_like(row, -1), torch.zeros_like(row), torch.zeros_like(row)
+        lists: list[Tensor] = []
+        # causal rows see the same in every document, others depend on its length
+        for total in [longest] if is_causal else sorted({-(-n // size) for n in documents.length}):
+            ours = slice(None) if is_causal else (blocks == total)[document]
+            i = row[ours]
+            begin = min(
+                f
+                for f, n in zip(documents.first_query, documents.length, strict=True)
+                if is_causal or -(-n // size) == total
+            )
+            pairs = visited_pairs(group.parts, begin // size, total, is_causal, group.stream, device)
+            low, high = torch.searchsorted(pairs, i * total), torch.searchsorted(pairs, (i + 1) * total)
+            last = i if is_causal else torch.full_like(i, total - 1)
+            ends = torch.cat([pairs, pairs.new_full((1,), -1)])[high - 1]
+            is_edge = has_edge[ours] & (high > low) & (ends == i * total + last)
+            edge[ours] = torch.where(is_edge, last, -1)
+            base = sum(map(len, lists))
+            start[ours], stop[ours] = base + low, base + high - is_edge.long()
+            lists.append(pairs % max(total, 1))
+        return Tiles(document, row, edge, start, stop - start, torch.cat(lists) if lists else row)
+
+    def _levels(self, group: Group, documents: Documents, is_causal: bool) -> list[Level]:
+        if not documents.length:
+            return []
+        tiles = Tiles(*(x.numpy() for x in self.tiles(group, documents, is_causal, "cpu")))
+        size = self.config.block_size
+        document = tiles.document
+        length, first_query, key_base, query_base = (
+            np.array(x)[document]
+            for x in (documents.length, documents.first_query, documents.key_base, documents.query_base)
+        )
+        begin = tiles.row * size
+        end, first = np.minimum(begin + size, length), np.maximum(begin, first_query)
+        query = Spans(query_base + first, end - first, 1)
+        edge = np.flatnonzero(tiles.edge >= 0)
+        levels: list[Level] = []
+        if is_causal:
+            own = Spans(key_base + begin, end - begin, 1)
+            levels += staircase(group.heads, query[edge], own[edge], (first - begin)[edge])
+        tile = np.repeat(np.arange(len(document)), tiles.count)
+        within = np.arange(len(tile)) - np.repeat(np.cumsum(tiles.count) - tiles.count, tiles.count)
+        block, tokens = tiles.blocks[tiles.start[tile] + within], np.full(len(tile), size)
+        if not is_causal:
+            tile, block = np.append(tile, edge), np.append(block, tiles.edge[edge])
+            tokens = np.append(tokens, (length - tiles.edge * size)[edge])
+        key = Gathered.of_runs(tile, key_base[tile] + block * size, tokens, len(document))
+        return levels + rectangle(group.heads, query, key)
+
+
+def _check_mask(parts: BlockParts, blocks: int) -> None:
+    if parts.block_mask is not None and blocks > len(parts.block_mask):
+        raise ValueError(
+            f"block_mask: has {len(parts.block_mask)} rows, but the input needs {blocks}; make the mask for the "
+            "longest input (or cache)"
+        )
