@@ -10,7 +10,9 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from hf_dilated.cli.console import console, errors, notes
-from hf_dilated.config import ConfigError, DilatedConfig
+from hf_dilated.config import BlockSparseConfig, ConfigError, DilatedConfig
+from hf_dilated.integration.backends import BACKENDS
+from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.report import LayerReport, ModelReport, ReportError, keys_per_query, report
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.patterns import DilatedPattern
@@ -18,21 +20,25 @@ from hf_dilated.patterns import DilatedPattern
 
 def info(
     model: Annotated[str, typer.Argument(help="A folder with a config.json, or a model's name on the Hub.")],
+    backend: Annotated[
+        str | None, typer.Option(help="dilated, block_sparse, …; by default the stored one, else dilated.")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Choose the pattern for inputs of this many tokens, not the stored one.")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run model code that the checkpoint brings.")] = False,
 ) -> None:
-    """Show what attn_implementation="dilated" runs in every layer of a model; reads its config.json alone.
+    """Show what a backend runs in every layer of a model; reads its config.json alone.
 
     Exits with 1 if the model, or one of its layers, would be refused.
     """
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         with notes():
-            if max_length is not None:
-                config.hf_dilated = DilatedConfig.from_model_config(config, max_length=max_length)
-            result = report(config)
+            backend = backend or stored_config(config).attn_implementation or "dilated"
+            if max_length is not None and backend in BACKENDS:
+                config.hf_dilated = BACKENDS[backend].config_class.from_model_config(config, max_length=max_length)
+            result = report(config, backend)
     except (UnsupportedError, ConfigError) as error:
         errors.print(f"[bold red]refused[/] {escape(model)}: {escape(str(error))}")
         raise typer.Exit(1) from error
@@ -55,7 +61,10 @@ def _show(result: ModelReport) -> None:
     if any(layer.kind == "pattern" for layer in result.layers):
         origin = "given or stored in config.json" if result.is_stored else "chosen for max_position_embeddings"
         console.print(f"pattern {origin}")
-        console.print(_pattern_table(result))
+        if isinstance(result.pattern, DilatedConfig):
+            console.print(_branch_table(result))
+        elif isinstance(result.pattern, BlockSparseConfig):
+            console.print(_part_table(result.pattern))
         console.print(f"up to {result.dense_length:,} tokens every layer is exactly the dense model's")
 
 
@@ -85,7 +94,7 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _pattern_table(result: ModelReport) -> Table:
+def _branch_table(result: ModelReport) -> Table:
     config = result.pattern
     length = config.sink_tokens + config.segment_lengths[-1]
     shares = keys_per_query(
@@ -108,4 +117,19 @@ def _pattern_table(result: ModelReport) -> Table:
     for number, (segment, rate) in enumerate(zip(config.segment_lengths, config.dilation_rates, strict=True), 1):
         share = shares[number]
         table.add_row(str(number), f"{segment:,}", str(rate), f"{share:,.0f}", f"{share / dense:.1%}")
+    return table
+
+
+def _part_table(config: BlockSparseConfig) -> Table:
+    """The parts of every layer and group of heads, one column each."""
+    names = ("local", "global", "stride", "dilated", "random", "topk")
+    table = Table("layers", "heads", *names, "mask", title=f"blocks of {config.block_size} tokens")
+    layers = max(1, len(config.layers))
+    for layer in range(layers):
+        groups = config.parts(layer)
+        for number, parts in enumerate(groups, 1):
+            where = "all" if layers == 1 else f"{layer}, {layer + layers}, …"
+            heads = "all" if len(groups) == 1 else f"group {number} of {len(groups)}"
+            counts = [str(getattr(parts, f"{name}_blocks") or "") for name in names]
+            table.add_row(where, heads, *counts, "own" if parts.block_mask else "")
     return table

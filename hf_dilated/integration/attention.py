@@ -2,19 +2,22 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_dilated.config import DilatedConfig
-from hf_dilated.functional import attend
+from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.documents import shared_positions
 from hf_dilated.integration.layers import module_pattern
 from hf_dilated.integration.masks import FORMS
 from hf_dilated.integration.packing import BOUNDARIES, WITHOUT_CHECK, check_boundaries
 from hf_dilated.integration.support import UnsupportedError
-from hf_dilated.patterns import DensePattern, DilatedPattern
+from hf_dilated.patterns import DilatedPattern, Pattern
+
+AttentionFunction = Callable[..., tuple[Tensor, None]]
 
 # Arguments that pass through a model's layers and mean nothing to attention.
 WITHOUT_MEANING = frozenset(
@@ -38,13 +41,26 @@ REASONS = {
 }
 
 
-def dilated_attention_forward(
+@functools.cache
+def attention_function(backend: str) -> AttentionFunction:
+    """Return the function that Transformers calls for a backend: :func:`attention_forward` of that backend."""
+
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        return attention_forward(module, query, key, value, attention_mask, backend=backend, **options)
+
+    return forward
+
+
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
+    backend: str,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -53,7 +69,7 @@ def dilated_attention_forward(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend with the pattern of the module's layer; registered with Transformers as ``"dilated"``.
+    """Attend with the pattern of the module's layer.
 
     Args:
         module: The attention module; its ``config`` holds the pattern, its ``layer_idx`` tells the layer.
@@ -62,6 +78,7 @@ def dilated_attention_forward(
         value: (B, G, M, Dv).
         attention_mask: What :func:`hf_dilated.integration.masks.position_mask` returned; it decides about causality,
             as the masks of every other backend do. None if the model asks for no mask.
+        backend: A name of :data:`hf_dilated.integration.backends.BACKENDS`.
         is_causal: Without a mask; None takes the module's own.
         sliding_window: The layer's window; the layer stays dense within it.
         s_aux: (H,) learned sink logits.
@@ -77,10 +94,10 @@ def dilated_attention_forward(
     _check_lengths(module, query, key, attention_mask, is_causal)
     key_positions = _key_positions(query, key, attention_mask, options.get("position_ids"))
     check_boundaries(options, key_positions, key.shape[0], key.shape[2])
-    pattern = module_pattern(module, sliding_window)
+    pattern = module_pattern(module, sliding_window, backend)
     _warn_if_long(pattern, key.shape[2], key_positions)
     query, key, value = _autocast(query, key, value)
-    output = attend(
+    output = BACKENDS[backend].attend(
         query,
         key,
         value,
@@ -95,7 +112,7 @@ def dilated_attention_forward(
 
 
 def causality(module: nn.Module, attention_mask: Tensor | None, is_causal: bool | None) -> bool:
-    """Whether tokens see only earlier ones; arguments as in :func:`dilated_attention_forward`.
+    """Whether tokens see only earlier ones; arguments as in :func:`attention_forward`.
 
     Raises:
         UnsupportedError: If the mask is not one of :func:`hf_dilated.integration.masks.position_mask`.
@@ -165,8 +182,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
 
 
-def _warn_if_long(pattern: DilatedPattern | DensePattern, slots: int, key_positions: Tensor | None) -> None:
-    if torch.compiler.is_compiling() or isinstance(pattern, DensePattern):
+def _warn_if_long(pattern: Pattern, slots: int, key_positions: Tensor | None) -> None:
+    if torch.compiler.is_compiling() or not isinstance(pattern, DilatedPattern):
         return
     longest = pattern.config.sink_tokens + pattern.config.segment_lengths[-1]
     if slots <= longest or (key_positions is not None and key_positions.device.type != "cpu"):

@@ -8,37 +8,40 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_dilated.config import ConfigError, DilatedConfig, StoredConfig
+from hf_dilated.config import ConfigError, StoredConfig
+from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.support import UnsupportedError
-from hf_dilated.patterns import DensePattern, DilatedPattern
+from hf_dilated.patterns import DensePattern, Pattern
 
 # Names of layers, in a configuration's ``layer_types``, that attend to the whole document.
 ATTENDING = frozenset({"full_attention", "attention", "hybrid"})
 WINDOWED = frozenset({"sliding_attention", "hybrid_sliding"})
 
 
-def dilated_config(config: Any) -> DilatedConfig:
-    """Return the pattern that ``config.hf_dilated`` holds, or else the one that suits the model's length.
+def backend_config(config: Any, backend: str) -> Any:
+    """Return the pattern that ``config.hf_dilated`` holds for a backend, or else the one for the model's length.
 
     Raises:
         ConfigError: If nothing is stored and the configuration does not say how long its inputs may be.
     """
+    own = BACKENDS[backend]
     stored = getattr(config, "hf_dilated", None)
-    if stored is not None and (pattern := StoredConfig.from_dict(stored).dilated) is not None:
+    if stored is not None and (pattern := getattr(StoredConfig.from_dict(stored), own.part)) is not None:
         return pattern
     try:
-        return DilatedConfig.from_model_config(config)
+        return own.config_class.from_model_config(config)
     except ConfigError as error:
-        raise ConfigError(f"{error}; or set config.hf_dilated = DilatedConfig(segment_lengths=…, …)") from error
+        raise ConfigError(f"{error}; or set config.hf_dilated = {own.example}") from error
 
 
-def layer_pattern(config: Any, layer_idx: int | None, sliding_window: int | None) -> DilatedPattern | DensePattern:
+def layer_pattern(config: Any, layer_idx: int | None, sliding_window: int | None, backend: str = "dilated") -> Pattern:
     """Return the pattern of one layer.
 
     Args:
         config: The configuration that the layer's module holds.
         layer_idx: The module's index, or None if it does not know it.
         sliding_window: The layer's own window; it is kept, and the layer is dense within it.
+        backend: A name of :data:`hf_dilated.integration.backends.BACKENDS`.
 
     Raises:
         UnsupportedError: If the pattern differs between layers and the layer does not know its index, or if
@@ -46,6 +49,7 @@ def layer_pattern(config: Any, layer_idx: int | None, sliding_window: int | None
         ConfigError: If the model's pattern is malformed.
 
     Example:
+        >>> from hf_dilated import DilatedConfig
         >>> from transformers import Qwen3NextConfig
         >>> config = Qwen3NextConfig(layer_types=["linear_attention", "full_attention"] * 2, num_hidden_layers=4)
         >>> config.hf_dilated = DilatedConfig(segment_lengths=(8, 16), dilation_rates=(1, 2), phase="alternate")
@@ -56,17 +60,17 @@ def layer_pattern(config: Any, layer_idx: int | None, sliding_window: int | None
     if sliding_window is not None:
         return _windowed_pattern(config, types, sliding_window)
     _check_window_is_known(config, types, layer_idx)
-    pattern = dilated_config(config)
+    own, pattern = BACKENDS[backend], backend_config(config, backend)
     if not pattern.depends_on_layer:
-        return DilatedPattern(config=pattern)
+        return own.pattern(pattern, 0)
     if layer_idx is None:
         raise UnsupportedError(
-            f"the attention layers of {type(config).__name__} do not know their index, but phase, rotate and "
-            'dense_layers differ between layers; use phase="none", rotate=False and dense_layers=()'
+            f"the attention layers of {type(config).__name__} do not know their index, but the pattern differs between "
+            f"layers; leave out what does that ({own.layer_options}) and dense_layers"
         )
     if layer_idx in pattern.dense_layers:
         return DensePattern()
-    return DilatedPattern(config=pattern, layer=ordinal(config, layer_idx, pattern.dense_layers))
+    return own.pattern(pattern, ordinal(config, layer_idx, pattern.dense_layers))
 
 
 def ordinal(config: Any, layer_idx: int, dense_layers: tuple[int, ...] = ()) -> int:
@@ -82,7 +86,7 @@ def ordinal(config: Any, layer_idx: int, dense_layers: tuple[int, ...] = ()) -> 
         kind = repr(types[layer_idx]) if layer_idx < len(types) else "missing"
         raise UnsupportedError(
             f"layer_types: layer {layer_idx} of {type(config).__name__} is {kind}, so the layers that run the pattern "
-            'cannot be counted; use phase="none" and rotate=False'
+            "cannot be counted; use a pattern that is the same in all layers"
         )
     return sum(types[layer] in ATTENDING and layer not in dense_layers for layer in range(layer_idx))
 
@@ -112,8 +116,8 @@ def _check_window_is_known(config: Any, types: list[str] | None, layer_idx: int 
         )
 
 
-def module_pattern(module: nn.Module, sliding_window: int | None) -> DilatedPattern | DensePattern:
-    """Return the pattern of an attention module.
+def module_pattern(module: nn.Module, sliding_window: int | None, backend: str) -> Pattern:
+    """Return the pattern of an attention module, as :func:`layer_pattern` does.
 
     While ``torch.compile`` traces, only plain values can be handed to what it takes for a constant, so what
     :func:`layer_pattern` reads of the configuration is read here; the compiled graph depends on these values.
@@ -121,7 +125,7 @@ def module_pattern(module: nn.Module, sliding_window: int | None) -> DilatedPatt
     config: Any = module.config
     stored = getattr(config, "hf_dilated", None)
     positions, heads, types, window, uses_window = None, None, getattr(config, "layer_types", None), None, True
-    if not isinstance(stored, dict) or stored.get("dilated") is None:
+    if not isinstance(stored, dict) or stored.get(BACKENDS[backend].part) is None:
         text_config = config.get_text_config() if config.sub_configs else config
         positions = getattr(text_config, "max_position_embeddings", None)
         heads = getattr(text_config, "num_attention_heads", None)
@@ -131,17 +135,27 @@ def module_pattern(module: nn.Module, sliding_window: int | None) -> DilatedPatt
         types = tuple(types)
     layer_idx = getattr(module, "layer_idx", None)
     return _constant_pattern(
-        type(config).__name__, repr(stored), positions, heads, types, window, uses_window, layer_idx, sliding_window
+        backend,
+        type(config).__name__,
+        repr(stored),
+        positions,
+        heads,
+        types,
+        window,
+        uses_window,
+        layer_idx,
+        sliding_window,
     )
 
 
 @torch._dynamo.assume_constant_result
-def _constant_pattern(*values: Any) -> DilatedPattern | DensePattern:
+def _constant_pattern(*values: Any) -> Pattern:
     return _pattern_from_values(*values)
 
 
 @functools.cache
 def _pattern_from_values(
+    backend: str,
     name: str,
     stored: str,
     positions: int | None,
@@ -151,7 +165,7 @@ def _pattern_from_values(
     uses_window: bool | None,
     layer_idx: int | None,
     sliding_window: int | None,
-) -> DilatedPattern | DensePattern:
+) -> Pattern:
     try:
         hf_dilated = ast.literal_eval(stored)
     except (ValueError, SyntaxError) as error:
@@ -164,4 +178,4 @@ def _pattern_from_values(
         max_position_embeddings=positions,
         num_attention_heads=heads,
     )
-    return layer_pattern(config, layer_idx, sliding_window)
+    return layer_pattern(config, layer_idx, sliding_window, backend)

@@ -13,23 +13,26 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hf_dilated.config import ConfigError, DilatedConfig, StoredConfig
-from hf_dilated.integration.layers import dilated_config
+from hf_dilated.config import ConfigError, StoredConfig
+from hf_dilated.integration.backends import BACKENDS, Backend
+from hf_dilated.integration.layers import backend_config
 
-BACKENDS = ("dilated",)
 FIELD = "hf_dilated"
-PATTERN_KEYS = frozenset(field.name for field in dataclasses.fields(DilatedConfig))
+PATTERN_KEYS = frozenset(
+    field.name for backend in BACKENDS.values() for field in dataclasses.fields(backend.config_class)
+)
 STORED_KEYS = frozenset(field.name for field in dataclasses.fields(StoredConfig)) | {"version"}
 
 
 class StoredField:
     """The attribute ``hf_dilated`` of every Transformers configuration.
 
-    It takes a ``DilatedConfig``, a ``StoredConfig`` or the dictionary of either, checks it, and reads back as the
-    plain dictionary that is saved, or None. Of a multimodal configuration it is the text part's. A backend named in
-    it is selected unless the caller has named one; a pattern alone stands for ``attn_implementation="dilated"``.
+    It takes the configuration of a backend, a ``StoredConfig`` or the dictionary of either, checks it, and reads back
+    as the plain dictionary that is saved, or None. Of a multimodal configuration it is the text part's. A backend named
+    in it is selected unless the caller has named one; a pattern alone stands for its own backend.
 
     Example:
+        >>> from hf_dilated import DilatedConfig
         >>> from transformers import LlamaConfig
         >>> config = LlamaConfig()
         >>> config.hf_dilated = DilatedConfig(segment_lengths=(512, 1024), dilation_rates=(1, 2))
@@ -99,10 +102,10 @@ def _holds_itself(config: Any) -> bool:
 def _parse(value: Any, current: StoredConfig) -> StoredConfig:
     if isinstance(value, StoredConfig):
         stored = value
-    elif isinstance(value, DilatedConfig):
+    elif any(isinstance(value, backend.config_class) for backend in BACKENDS.values()):
         stored = _with_pattern(value, current)
     elif isinstance(value, Mapping) and PATTERN_KEYS & set(value) and not STORED_KEYS & set(value):
-        stored = _with_pattern(DilatedConfig.from_dict(value), current)
+        stored = _with_pattern(_closest(set(value)).from_dict(value), current)
     else:
         stored = StoredConfig.from_dict(value)
     if stored.attn_implementation not in (None, *BACKENDS):
@@ -113,9 +116,17 @@ def _parse(value: Any, current: StoredConfig) -> StoredConfig:
     return stored
 
 
-def _with_pattern(pattern: DilatedConfig, current: StoredConfig) -> StoredConfig:
-    backend = current.attn_implementation or "dilated"
-    return dataclasses.replace(current, attn_implementation=backend, dilated=pattern)
+def _closest(keys: set[str]) -> Any:
+    """The class of configurations that most of these keys belong to."""
+    classes = dict.fromkeys(backend.config_class for backend in BACKENDS.values())
+    return max(classes, key=lambda config_class: len(keys & {field.name for field in dataclasses.fields(config_class)}))
+
+
+def _with_pattern(pattern: Any, current: StoredConfig) -> StoredConfig:
+    """Add the pattern, and select the first backend that it belongs to unless another of them is selected."""
+    own = {name: backend for name, backend in BACKENDS.items() if backend.config_class is type(pattern)}
+    name = current.attn_implementation if current.attn_implementation in own else next(iter(own))
+    return dataclasses.replace(current, attn_implementation=name, **{own[name].part: pattern})
 
 
 def _saving(to_dict: Any) -> Any:
@@ -139,15 +150,17 @@ def _to_save(config: Any, running: str | None) -> StoredConfig:
     stored = stored_config(config)
     if running is None:
         return stored
-    return dataclasses.replace(stored, attn_implementation=running, dilated=_pattern(config))
+    return dataclasses.replace(
+        stored, attn_implementation=running, **{BACKENDS[running].part: _pattern(config, BACKENDS[running])}
+    )
 
 
-def _pattern(config: Any) -> DilatedConfig | None:
+def _pattern(config: Any, backend: Backend) -> Any:
     """The pattern that runs; None where none was given and none can be chosen, so that none ever ran."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return dilated_config(config)
+            return backend_config(config, backend.name)
         except ConfigError:
             return None
 

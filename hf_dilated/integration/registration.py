@@ -4,12 +4,14 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from hf_dilated.integration import persistence
-from hf_dilated.integration.attention import dilated_attention_forward
+from hf_dilated.integration.attention import attention_function
+from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.masks import position_mask
 
 
 def register() -> None:
-    """Register ``"dilated"`` and the attribute ``config.hf_dilated``. Safe to repeat."""
-    AttentionInterface.register("dilated", dilated_attention_forward)
-    AttentionMaskInterface.register("dilated", position_mask)
+    """Register every backend and the attribute ``config.hf_dilated``. Safe to repeat."""
+    for name in BACKENDS:
+        AttentionInterface.register(name, attention_function(name))
+        AttentionMaskInterface.register(name, position_mask)
     persistence.install()

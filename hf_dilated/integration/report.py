@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-from hf_dilated.config import ConfigError, DilatedConfig
-from hf_dilated.integration.attention import causality, dilated_attention_forward
-from hf_dilated.integration.layers import dilated_config, layer_pattern
+from hf_dilated.config import ConfigError
+from hf_dilated.integration.attention import attention_function, causality
+from hf_dilated.integration.backends import BACKENDS
+from hf_dilated.integration.layers import backend_config, layer_pattern
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.support import UnsupportedError, check_model
-from hf_dilated.patterns import DensePattern, DilatedPattern
+from hf_dilated.patterns import BlockSparsePattern, DensePattern, DilatedPattern, Pattern
 
 Kind = Literal["pattern", "dense", "windowed", "own attention", "refused"]
 TOKENS = 8
@@ -51,6 +52,8 @@ class ModelReport:
     """The layers of a model, and the pattern that those of kind ``"pattern"`` run.
 
     Args:
+        backend: Name of the backend.
+        pattern: Its configuration.
         heads: Query heads H.
         kv_heads: Key-value heads G.
         is_stored: Whether the configuration holds the pattern; otherwise it suits the model's length.
@@ -58,7 +61,8 @@ class ModelReport:
     """
 
     model: str
-    pattern: DilatedConfig
+    backend: str
+    pattern: Any
     layers: tuple[LayerReport, ...]
     is_causal: bool
     heads: int
@@ -79,10 +83,14 @@ class ModelReport:
         return min((self.pattern.dense_length(ordinal) for ordinal in ordinals), default=0)
 
 
-def report(config: PreTrainedConfig) -> ModelReport:
-    """Report what ``attn_implementation="dilated"`` does to every layer of a model.
+def report(config: PreTrainedConfig, backend: str | None = None) -> ModelReport:
+    """Report what a backend does to every layer of a model.
 
     The model is built on the meta device: neither weights nor memory are needed, only the configuration.
+
+    Args:
+        config: The model's configuration.
+        backend: The value of ``attn_implementation``; by default the stored one, else ``"dilated"``.
 
     Raises:
         UnsupportedError: If the model as a whole cannot run the pattern, with the reason.
@@ -100,22 +108,27 @@ def report(config: PreTrainedConfig) -> ModelReport:
     model = _build(config)
     text_config = model.config.get_text_config()
     check_model(text_config)
-    text_config._attn_implementation = "dilated"
-    calls = _record(model)
+    stored = stored_config(text_config)
+    backend = backend or stored.attn_implementation or "dilated"
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    text_config._attn_implementation = backend
+    calls = _record(model, backend)
     if not calls:
         raise UnsupportedError(
             f"{type(model).__name__} never asks for an attention function: it has no attention, or computes it itself "
             "and would ignore this backend"
         )
-    layers = [_classify(call) for call in calls]
+    layers = [_classify(call, backend) for call in calls]
     return ModelReport(
         model=type(model).__name__,
-        pattern=dilated_config(text_config),
+        backend=backend,
+        pattern=backend_config(text_config, backend),
         layers=tuple(sorted([*layers, *_own_attention(model, calls)], key=_natural)),
         is_causal=calls[0].is_causal,
         heads=calls[0].heads,
         kv_heads=calls[0].kv_heads,
-        is_stored=stored_config(text_config).dilated is not None,
+        is_stored=getattr(stored, BACKENDS[backend].part) is not None,
         unseen=tuple(_unseen(model, calls)),
     )
 
@@ -129,6 +142,7 @@ def keys_per_query(
         The sinks' share, then what every branch adds: with ``overlap="once"`` only keys that no smaller branch sees.
 
     Example:
+        >>> from hf_dilated import DilatedConfig
         >>> config = DilatedConfig(segment_lengths=(2048, 4096), dilation_rates=(1, 2))
         >>> keys_per_query(DilatedPattern(config=config), 4096, heads=8, kv_heads=8)
         [0.0, 1024.5, 256.0]
@@ -189,7 +203,7 @@ def _build(config: PreTrainedConfig) -> PreTrainedModel:
         raise ReportError(f"{model_class.__name__} cannot be built from this configuration: {error}") from error
 
 
-def _record(model: PreTrainedModel) -> list[_Call]:
+def _record(model: PreTrainedModel, backend: str) -> list[_Call]:
     """Run a few tokens through the model and note how it asks for attention."""
     names = {module: name for name, module in model.named_modules()}
     calls: list[_Call] = []
@@ -203,7 +217,7 @@ def _record(model: PreTrainedModel) -> list[_Call]:
             known: dict[str, Any] = {
                 name: _real(value) if isinstance(value, Tensor) else value for name, value in options.items()
             }
-            dilated_attention_forward(module, _real(query), _real(key), _real(value), mask, **known)
+            attention_function(backend)(module, _real(query), _real(key), _real(value), mask, **known)
         except UnsupportedError as refusal:
             error = refusal
         calls.append(
@@ -223,7 +237,7 @@ def _record(model: PreTrainedModel) -> list[_Call]:
         model.set_experts_implementation("batched_mm")  # the others look at the values of the routing
     inputs = _inputs(model)
     try:
-        with _registered(attend), torch.no_grad():
+        with _registered(backend, attend), torch.no_grad():
             model(**inputs)
     except (UnsupportedError, ConfigError):
         raise
@@ -236,12 +250,12 @@ def _record(model: PreTrainedModel) -> list[_Call]:
 
 
 @contextmanager
-def _registered(function: Any) -> Iterator[None]:
-    AttentionInterface.register("dilated", function)
+def _registered(backend: str, function: Any) -> Iterator[None]:
+    AttentionInterface.register(backend, function)
     try:
         yield
     finally:
-        AttentionInterface.register("dilated", dilated_attention_forward)
+        AttentionInterface.register(backend, attention_function(backend))
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -260,24 +274,27 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
 
 
-def _classify(call: _Call) -> LayerReport:
+def _classify(call: _Call, backend: str) -> LayerReport:
     if call.error is not None:
         return LayerReport(name=call.name, kind="refused", why=str(call.error))
-    pattern = layer_pattern(call.module.config, getattr(call.module, "layer_idx", None), call.sliding_window)
-    if isinstance(pattern, DilatedPattern):
-        return LayerReport(name=call.name, kind="pattern", why=_shift(pattern), ordinal=pattern.layer)
-    assert isinstance(pattern, DensePattern)
-    if pattern.window is not None:
-        return LayerReport(name=call.name, kind="windowed", why=f"the model's own window of {pattern.window} tokens")
-    return LayerReport(name=call.name, kind="dense", why="in dense_layers")
+    pattern = layer_pattern(call.module.config, getattr(call.module, "layer_idx", None), call.sliding_window, backend)
+    if isinstance(pattern, DensePattern):
+        if pattern.window is not None:
+            why = f"the model's own window of {pattern.window} tokens"
+            return LayerReport(name=call.name, kind="windowed", why=why)
+        return LayerReport(name=call.name, kind="dense", why="in dense_layers")
+    return LayerReport(name=call.name, kind="pattern", why=_why(pattern), ordinal=getattr(pattern, "layer", 0))
 
 
-def _shift(pattern: DilatedPattern) -> str:
+def _why(pattern: Pattern) -> str:
     words = []
-    if phase := pattern.config.phase_of(pattern.layer):
-        words.append(f"grid shifted by {phase} tokens")
-    if pattern.config.rotate and pattern.layer:
-        words.append(f"residues shifted by {pattern.layer}")
+    if isinstance(pattern, DilatedPattern):
+        if phase := pattern.config.phase_of(pattern.layer):
+            words.append(f"grid shifted by {phase} tokens")
+        if pattern.config.rotate and pattern.layer:
+            words.append(f"residues shifted by {pattern.layer}")
+    elif isinstance(pattern, BlockSparsePattern) and len(pattern.config.layers) > 1:
+        words.append(f"parts {pattern.layer % len(pattern.config.layers) + 1} of {len(pattern.config.layers)}")
     return ", ".join(words) or "attends to whole documents"
 
 

@@ -23,4 +23,7 @@ def parse(spec: str) -> Pattern:
     values = ast.literal_eval(fields)
     if kind == "dense":
         return DensePattern(window=values)
-    return {"dilated": DilatedPattern, "block_sparse": BlockSparsePattern}[kind].from_fields(values)
+    if kind == "dilated":
+        return DilatedPattern.from_fields(values)
+    assert kind == "block_sparse", kind
+    return BlockSparsePattern.from_fields(values)

@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
         edge: (T,) the key block that not every query sees whole: the own one if causal, else the last one if it is
             shorter than the others; -1 if there is none.
         start: (T,) where its other key blocks, which are whole and seen by all of its queries, begin in ``blocks``.
-        count: (T,) how many they are.
+        stop: (T,) where they end.
         blocks: (P,) indices of key blocks within their document, in order for each tile.
     """
 
@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
     row: Tensor
     edge: Tensor
     start: Tensor
-    count: Tensor
+    stop: Tensor
     blocks: Tensor
 
 
@@ -146,32 +146,32 @@ class BlockSparsePattern:
             base = sum(map(len, lists))
             start[ours], stop[ours] = base + low, base + high - is_edge.long()
             lists.append(pairs % max(total, 1))
-        return Tiles(document, row, edge, start, stop - start, torch.cat(lists) if lists else row)
+        return Tiles(document, row, edge, start, stop, torch.cat(lists) if lists else row)
 
     def _levels(self, group: Group, documents: Documents, is_causal: bool) -> list[Level]:
         if not documents.length:
             return []
-        tiles = Tiles(*(x.numpy() for x in self.tiles(group, documents, is_causal, "cpu")))
+        tiles = self.tiles(group, documents, is_causal, "cpu")
+        document, row, edges, start, stop, blocks = (x.numpy() for x in tiles)
         size = self.config.block_size
-        document = tiles.document
         length, first_query, key_base, query_base = (
             np.array(x)[document]
             for x in (documents.length, documents.first_query, documents.key_base, documents.query_base)
         )
-        begin = tiles.row * size
+        begin = row * size
         end, first = np.minimum(begin + size, length), np.maximum(begin, first_query)
         query = Spans(query_base + first, end - first, 1)
-        edge = np.flatnonzero(tiles.edge >= 0)
+        edge = np.flatnonzero(edges >= 0)
         levels: list[Level] = []
         if is_causal:
             own = Spans(key_base + begin, end - begin, 1)
             levels += staircase(group.heads, query[edge], own[edge], (first - begin)[edge])
-        tile = np.repeat(np.arange(len(document)), tiles.count)
-        within = np.arange(len(tile)) - np.repeat(np.cumsum(tiles.count) - tiles.count, tiles.count)
-        block, tokens = tiles.blocks[tiles.start[tile] + within], np.full(len(tile), size)
+        tile = np.repeat(np.arange(len(document)), stop - start)
+        block = blocks[Spans(start, stop - start, 1).tokens()]
+        tokens = np.full(len(tile), size)
         if not is_causal:
-            tile, block = np.append(tile, edge), np.append(block, tiles.edge[edge])
-            tokens = np.append(tokens, (length - tiles.edge * size)[edge])
+            tile, block = np.append(tile, edge), np.append(block, edges[edge])
+            tokens = np.append(tokens, (length - edges * size)[edge])
         key = Gathered.of_runs(tile, key_base[tile] + block * size, tokens, len(document))
         return levels + rectangle(group.heads, query, key)
 

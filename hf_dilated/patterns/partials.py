@@ -4,7 +4,7 @@ A partial is dense: its queries and keys are sequences of tokens, mostly arithme
 every key, or (causal) query ``i`` sees the keys ``0 … i``. Partials merge exactly by their log-sum-exp.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,7 +80,7 @@ class Partials:
 Level = list[Partials]
 
 
-class Pattern(Protocol):
+class Pattern(Hashable, Protocol):
     """A rule for who attends to whom."""
 
     @property

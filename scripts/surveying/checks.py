@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from hf_dilated import ConfigError, DilatedConfig
-from hf_dilated.integration.attention import dilated_attention_forward
+from hf_dilated.integration.attention import attention_function
 from hf_dilated.integration.report import report
 from hf_dilated.integration.support import UnsupportedError
 from surveying.tiny import randomize
@@ -124,7 +124,7 @@ def _count_calls() -> list[str]:
 
     def attend(module: torch.nn.Module, *arguments: Any, **options: Any) -> tuple[Tensor, None]:
         calls.append(type(module).__name__)
-        return dilated_attention_forward(module, *arguments, **options)
+        return attention_function("dilated")(module, *arguments, **options)
 
     AttentionInterface.register("dilated", attend)
     return calls

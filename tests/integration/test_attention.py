@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_dilated import DilatedConfig, dilated_attention
 from hf_dilated.functional import attend
-from hf_dilated.integration.attention import dilated_attention_forward
+from hf_dilated.integration.attention import attention_function
 from hf_dilated.integration.documents import shared_positions
 from hf_dilated.integration.layers import layer_pattern, ordinal
 from hf_dilated.integration.masks import DTYPES, Form
@@ -35,7 +35,7 @@ def heads(length=12, batch=1, dtype=torch.float32):
 
 def test_output_has_heads_last_and_no_weights():
     query, key, value = heads()
-    output, weights = dilated_attention_forward(Module(), query, key, value, None, scaling=0.3)
+    output, weights = attention_function("dilated")(Module(), query, key, value, None, scaling=0.3)
     assert weights is None
     assert output.is_contiguous()
     expected = dilated_attention(query, key, value, PATTERN, scale=0.3)
@@ -46,7 +46,9 @@ def test_output_has_heads_last_and_no_weights():
 @pytest.mark.parametrize("by_module", [True, False])
 def test_causality_is_the_arguments_before_the_modules(by_argument, by_module):
     query, key, value = heads()
-    output, _ = dilated_attention_forward(Module(is_causal=by_module), query, key, value, None, is_causal=by_argument)
+    output, _ = attention_function("dilated")(
+        Module(is_causal=by_module), query, key, value, None, is_causal=by_argument
+    )
     is_causal = by_module if by_argument is None else by_argument
     expected = dilated_attention(query, key, value, PATTERN, is_causal=is_causal)
     torch.testing.assert_close(output, expected.transpose(1, 2))
@@ -58,23 +60,23 @@ def test_a_mask_decides_about_causality(by_mask, has_positions):
     query, key, value = heads()
     mask = torch.arange(12).view(1, 1, 1, 12).to(DTYPES[Form(by_mask, has_positions)])
     module = Module(is_causal=not by_mask)
-    output, _ = dilated_attention_forward(module, query, key, value, mask, is_causal=not by_mask)
+    output, _ = attention_function("dilated")(module, query, key, value, mask, is_causal=not by_mask)
     expected = dilated_attention(query, key, value, PATTERN, is_causal=by_mask)
     torch.testing.assert_close(output, expected.transpose(1, 2))
 
 
 def test_a_changed_pattern_is_noticed():
     module, tensors = Module(), heads()
-    before, _ = dilated_attention_forward(module, *tensors, None)
+    before, _ = attention_function("dilated")(module, *tensors, None)
     module.config.hf_dilated = DilatedConfig(segment_lengths=(3,), dilation_rates=(1,))
-    after, _ = dilated_attention_forward(module, *tensors, None)
+    after, _ = attention_function("dilated")(module, *tensors, None)
     assert not torch.equal(before, after)
 
 
 def test_learned_sinks_reach_the_softmax_with_their_gradient():
     query, key, value = heads()
     sinks = torch.randn(4, requires_grad=True)
-    output, _ = dilated_attention_forward(Module(), query, key, value, None, s_aux=sinks)
+    output, _ = attention_function("dilated")(Module(), query, key, value, None, s_aux=sinks)
     expected = attend(query, key, value, DilatedPattern(config=PATTERN), sink_logits=sinks)
     torch.testing.assert_close(output, expected.transpose(1, 2))
     output.sum().backward()
@@ -85,7 +87,7 @@ def test_learned_sinks_reach_the_softmax_with_their_gradient():
 def test_autocast_casts_as_sdpa_does(dtype):
     query, key, value = heads()
     with torch.autocast("cpu", dtype=dtype):
-        output, _ = dilated_attention_forward(Module(), query, key.to(dtype), value, None)
+        output, _ = attention_function("dilated")(Module(), query, key.to(dtype), value, None)
         expected = nn.functional.scaled_dot_product_attention(query, query, query)
     assert output.dtype == expected.dtype == dtype
 
@@ -94,13 +96,13 @@ def test_one_warning_for_inputs_longer_than_the_longest_segment():
     pattern = DilatedConfig(segment_lengths=(5,), dilation_rates=(1,))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        dilated_attention_forward(Module(pattern), *heads(5), None)
+        attention_function("dilated")(Module(pattern), *heads(5), None)
         assert not caught
         padded = torch.tensor([-1, -1, 0, 1, 2, 3]).view(1, 1, 1, 6)
-        dilated_attention_forward(Module(pattern), *heads(6), padded)
+        attention_function("dilated")(Module(pattern), *heads(6), padded)
         assert not caught
         for _ in range(2):
-            dilated_attention_forward(Module(pattern), *heads(6), None)
+            attention_function("dilated")(Module(pattern), *heads(6), None)
     assert [str(w.message)[:44] for w in caught] == ["the input is longer than the longest segment"]
 
 

@@ -7,7 +7,7 @@ from torch._dynamo.variables import functions
 from transformers import BigBirdPegasusConfig, BigBirdPegasusForCausalLM, MistralConfig, MistralModel, masking_utils
 
 from hf_dilated import DilatedConfig
-from hf_dilated.integration.attention import dilated_attention_forward
+from hf_dilated.integration.attention import attention_function
 from hf_dilated.integration.masks import FORMS
 from hf_dilated.integration.support import UnsupportedError
 from tests.tiny_models import tiny_config, tiny_model, tokens
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         self.layer_idx = 1
 
     def forward(self, query, key, value):
-        return dilated_attention_forward(self, query, key, value, None)[0]
+        return attention_function("dilated")(self, query, key, value, None)[0]
 
 
 def test_a_changed_pattern_compiles_again():

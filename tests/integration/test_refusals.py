@@ -9,7 +9,7 @@ import transformers as tf
 from torch import nn
 
 from hf_dilated import ConfigError, DilatedConfig
-from hf_dilated.integration.attention import dilated_attention_forward
+from hf_dilated.integration.attention import attention_function
 from hf_dilated.integration.support import UnsupportedError, uses_attention_interface
 from tests.tiny_models import SIZES, inputs, tiny_config, tiny_model, tokens
 
@@ -163,7 +163,7 @@ class Module(nn.Module):
 
 def call(module=None, queries=6, keys=6, attention_mask=None, **options):
     query, key = torch.randn(1, 4, queries, 8), torch.randn(1, 2, keys, 8)
-    return dilated_attention_forward(module or Module(), query, key, key, attention_mask, **options)
+    return attention_function("dilated")(module or Module(), query, key, key, attention_mask, **options)
 
 
 @pytest.mark.parametrize(

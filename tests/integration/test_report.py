@@ -8,7 +8,7 @@ import transformers as tf
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_dilated import ConfigError, DilatedConfig, reference
-from hf_dilated.integration.attention import dilated_attention_forward
+from hf_dilated.integration.attention import attention_function
 from hf_dilated.integration.report import ModelReport, ReportError, keys_per_query, report
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.patterns import DilatedPattern
@@ -100,10 +100,10 @@ def test_nothing_is_left_behind() -> None:
     before = config.to_dict()
     report(config)
     assert config.to_dict() == before
-    assert ALL_ATTENTION_FUNCTIONS["dilated"] is dilated_attention_forward
+    assert ALL_ATTENTION_FUNCTIONS["dilated"] is attention_function("dilated")
     with pytest.raises(UnsupportedError):
         report(tf.Llama4TextConfig(**GROUPED, attention_chunk_size=4))
-    assert ALL_ATTENTION_FUNCTIONS["dilated"] is dilated_attention_forward
+    assert ALL_ATTENTION_FUNCTIONS["dilated"] is attention_function("dilated")
 
 
 def test_a_report_needs_no_memory() -> None:

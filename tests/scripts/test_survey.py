@@ -52,14 +52,14 @@ def _is_dense(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: o
     return output.transpose(1, 2), None
 
 
-_dilated = checks.dilated_attention_forward
+_dilated = checks.attention_function("dilated")
 
 
 @pytest.mark.parametrize(
     ("broken", "words"), [(_sees_everything, "sees the future"), (_is_dense, "the pattern does not run")]
 )
 def test_a_broken_backend_is_noticed(monkeypatch: pytest.MonkeyPatch, broken: object, words: str) -> None:
-    monkeypatch.setattr(checks, "dilated_attention_forward", broken)
+    monkeypatch.setattr(checks, "attention_function", lambda name: broken)
     outcome = _survey(tf.LlamaForCausalLM)
     assert outcome.status == "silently wrong"
     assert words in outcome.why

@@ -1,0 +1,58 @@
+"""The backends: a name, the configuration that belongs to it, and the pattern that a layer runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hf_dilated.config import BlockSparseConfig, DilatedConfig
+from hf_dilated.functional import attend
+from hf_dilated.patterns import BlockSparsePattern, DilatedPattern, Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """What ``attn_implementation=name`` runs.
+
+    Args:
+        name: As Transformers knows it.
+        part: Field of :class:`hf_dilated.config.StoredConfig` that holds its configuration.
+        config_class: Class of that field. Has ``dense_layers``, ``depends_on_layer``, ``dense_length(layer)``,
+            ``to_dict``, ``from_dict`` and ``from_model_config``.
+        example: How one is written, for messages.
+        layer_options: Its options that make layers differ, for messages.
+        pattern: Builds the pattern of a layer from its configuration and its ordinal among those that run the pattern.
+        attend: Runs a pattern; arguments as in :func:`hf_dilated.functional.attend`.
+    """
+
+    name: str
+    part: str
+    config_class: Any
+    example: str
+    layer_options: str
+    pattern: Callable[[Any, int], Pattern]
+    attend: Callable[..., Tensor | tuple[Tensor, Tensor]] = attend
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            name="dilated",
+            part="dilated",
+            config_class=DilatedConfig,
+            example="DilatedConfig(segment_lengths=…, …)",
+            layer_options="phase, rotate",
+            pattern=lambda config, layer: DilatedPattern(config=config, layer=layer),
+        ),
+        Backend(
+            name="block_sparse",
+            part="block_sparse",
+            config_class=BlockSparseConfig,
+            example="BlockSparseConfig(local_blocks=…, …)",
+            layer_options="several layers",
+            pattern=lambda config, layer: BlockSparsePattern(config=config, layer=layer),
+        ),
+    )
+}
