@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from hf_dilated import DilatedConfig, reference
+from hf_dilated import BlockSparseConfig, DilatedConfig, reference
 
+DEFINITIONS: dict[str, Any] = {
+    "dilated": (DilatedConfig, reference.dilated_attention),
+    "block_sparse": (BlockSparseConfig, reference.block_sparse_attention),
+}
 # Ordinal of every layer that runs the pattern, where it is not simply layer_idx.
 ORDINALS: dict[str, dict[int, int]] = {
     "gemma2": {1: 0},
@@ -37,7 +41,7 @@ def dense_mask(*args: Any, **options: Any) -> Tensor | None:
 def oracle_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """What ``"dilated"`` should compute, in float64."""
+    """What the backend of the stored pattern should compute, in float64."""
     B, N, M = query.shape[0], query.shape[2], key.shape[2]
     visible = torch.ones(B, 1, N, M, dtype=torch.bool) if attention_mask is None else attention_mask
     visible = visible[:, 0].expand(B, N, M)
@@ -47,13 +51,13 @@ def oracle_attention(
     if options.get("sliding_window") is not None:
         output, lse = _masked(query, key, value, visible, options["scaling"])
     else:
-        config = DilatedConfig.from_dict(module.config.hf_dilated["dilated"])
+        stored = module.config.hf_dilated
+        config_class, attention = DEFINITIONS[stored["attn_implementation"]]
+        config = config_class.from_dict(stored[stored["attn_implementation"]])
         positions = torch.stack([_positions(row, is_causal) for row in visible])
         layer = getattr(module, "layer_idx", 0)
         layer = ORDINALS.get(module.config.model_type, {}).get(layer, layer)
-        output, lse = reference.dilated_attention(
-            query, key, value, config, key_positions=positions, layer=layer, **shared
-        )
+        output, lse = attention(query, key, value, config, key_positions=positions, layer=layer, **shared)
     if options.get("s_aux") is not None:
         output = output * torch.sigmoid(lse - options["s_aux"].double()[:, None]).unsqueeze(-1)
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
