@@ -120,6 +120,7 @@ def attend(
         sink_logits: (H,) learned logits that take part in every softmax of their head without a value.
 
     Example:
+        >>> from hf_dilated.patterns import DensePattern
         >>> query, key, value = (torch.randn(1, 8, 100, 32) for _ in range(3))
         >>> attend(query, key, value, DensePattern(window=16)).shape
         torch.Size([1, 8, 100, 32])
