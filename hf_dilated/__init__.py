@@ -12,6 +12,7 @@ from hf_dilated.config import (
 from hf_dilated.functional import block_sparse_attention, dilated_attention
 from hf_dilated.integration.registration import register
 from hf_dilated.memory import MemoryPolicy, MemoryPool, auto_configure_memory_pool
+from hf_dilated.patching import PatchError, patch_checkpoint, patch_model, unpatch_checkpoint, unpatch_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,11 +23,16 @@ __all__ = [
     "MemoryConfig",
     "MemoryPolicy",
     "MemoryPool",
+    "PatchError",
     "StoredConfig",
     "auto_configure_memory_pool",
     "block_mask_of",
     "block_sparse_attention",
     "dilated_attention",
+    "patch_checkpoint",
+    "patch_model",
+    "unpatch_checkpoint",
+    "unpatch_model",
 ]
 
 register()

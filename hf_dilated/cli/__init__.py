@@ -7,6 +7,7 @@ import typer
 import hf_dilated
 from hf_dilated.cli.console import console
 from hf_dilated.cli.info import info
+from hf_dilated.cli.patch import patch, unpatch
 
 app = typer.Typer(help="Long-context attention for the Transformers models you already have.", no_args_is_help=True)
 
@@ -20,3 +21,5 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 app.command()(info)
+app.command()(patch)
+app.command()(unpatch)

@@ -15,8 +15,13 @@ PARTS: dict[str, Any] = {"dilated": DilatedConfig, "block_sparse": BlockSparseCo
 
 @dataclass(frozen=True, kw_only=True)
 class StoredConfig:
-    """What a checkpoint's ``config.json`` keeps under ``hf_dilated``: the backend, its pattern, and the settings of
-    memory that a user made.
+    """What a checkpoint's ``config.json`` keeps under ``hf_dilated``: the backend, its pattern, and settings.
+
+    Args:
+        attn_implementation: The backend that runs.
+        dilated: Its pattern, if it is dilated.
+        memory: Settings of memory that a user made.
+        original: Values of ``config.json`` that patching a checkpoint has replaced; None if it was not patched.
 
     Example:
         >>> pattern = DilatedConfig(segment_lengths=(16, 32), dilation_rates=(1, 2))
@@ -29,12 +34,15 @@ class StoredConfig:
     dilated: DilatedConfig | None = None
     block_sparse: BlockSparseConfig | None = None
     memory: MemoryConfig | None = None
+    original: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, the inverse of :meth:`from_dict`."""
         stored: dict[str, Any] = {"version": STORED_VERSION}
         if self.attn_implementation is not None:
             stored["attn_implementation"] = self.attn_implementation
+        if self.original is not None:
+            stored["original"] = dict(self.original)
         return stored | {name: part.to_dict() for name in PARTS if (part := getattr(self, name)) is not None}
 
     @classmethod
@@ -60,4 +68,6 @@ class StoredConfig:
         for part, config_class in PARTS.items():
             if fields.get(part) is not None and not isinstance(fields[part], config_class):
                 fields[part] = config_class.from_dict(fields[part])
+        if not isinstance(fields.get("original", {}), Mapping | None):
+            raise ConfigError(f"original: expected a dictionary, got {fields['original']!r}")
         return cls(**fields)

@@ -235,6 +235,9 @@ def _record(model: PreTrainedModel, backend: str) -> list[_Call]:
 
     if model._can_set_experts_implementation():
         model.set_experts_implementation("batched_mm")  # the others look at the values of the routing
+    for module in model.modules():
+        if isinstance(getattr(module, "rope_type", None), str):
+            module.rope_type = "default"  # the others may look at the values of the positions
     inputs = _inputs(model)
     try:
         with _registered(backend, attend), torch.no_grad():

@@ -173,6 +173,7 @@ def test_loading_without_the_package_names_the_backend(tmp_path: Path, family: s
         ({"dilated": {"segment_lengths": [8]}}, "missing dilation_rates"),
         ({"dilated": {"segment_lengths": [8], "dilation_rates": [0]}}, "dilation_rates: expected at least 1"),
         ({"dilated": PATTERN.to_dict(), "blocks": 3}, "unknown 'blocks'"),
+        ({"original": 3}, "original: expected a dictionary, got 3"),
         ({"segment_lengths": [8], "dilation_rates": [1], "rate": 3}, "unknown 'rate'"),
         ({"overlap": "count"}, "missing segment_lengths, dilation_rates"),
     ],
