@@ -12,14 +12,15 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from hf_dilated.config import ConfigError, DilatedConfig, StoredConfig
+from hf_dilated.config import BlockSparseConfig, ConfigError, DilatedConfig, StoredConfig
+from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.persistence import FIELD, stored_config
 from hf_dilated.integration.report import ModelReport, ReportError, report
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.patching import rope
 from hf_dilated.patching.errors import PatchError
 
-Attention = DilatedConfig | StoredConfig | Mapping[str, Any] | None
+Attention = DilatedConfig | BlockSparseConfig | StoredConfig | Mapping[str, Any] | None
 # What patching may change beside the backend, and puts into StoredConfig.original.
 ROPE_FIELDS = ("max_position_embeddings", "rope_parameters")
 
@@ -146,6 +147,8 @@ def _choose_attention(config: Any, backend: str | None, attention: Attention, le
         config.hf_dilated = attention
     stored = stored_config(config)
     backend = backend or stored.attn_implementation or "dilated"
+    if attention is not None and backend in BACKENDS and getattr(stored, BACKENDS[backend].part) is None:
+        raise PatchError(f"attention: holds no pattern of the backend {backend!r}; pass one that does, or leave it out")
     longest = copy.deepcopy(config)
     text = text_config(longest)
     text.max_position_embeddings = length

@@ -15,11 +15,12 @@ import transformers as tf
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_dilated import ConfigError, DilatedConfig, PatchError, patch_checkpoint, unpatch_checkpoint
+from hf_dilated import BlockSparseConfig, ConfigError, DilatedConfig, PatchError, patch_checkpoint, unpatch_checkpoint
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.patching import plan_patch, staging
 from tests.tiny_models import model_class, tiny_config
 
+BLOCKS = BlockSparseConfig(block_size=16, local_blocks=4, global_blocks=1)
 PATTERN = DilatedConfig(segment_lengths=(8, 16), dilation_rates=(1, 2), sink_tokens=2)
 
 
@@ -121,6 +122,19 @@ def test_a_trained_checkpoint_comes_back_too(checkpoint: Path, tmp_path: Path) -
         assert config.max_position_embeddings == (1024 if keep_rope else 256)
         assert config.rope_parameters["rope_type"] == ("yarn" if keep_rope else "default")
         assert torch.equal(tensors(folder)["lm_head.weight"], model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    "options", [{"backend": "block_sparse"}, {"attention": BLOCKS}, {"attention": BLOCKS.to_dict()}]
+)
+def test_another_backend(checkpoint: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    patch_checkpoint(checkpoint, tmp_path / "long", max_position_embeddings=4096, **options)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "long").config
+    assert config._attn_implementation == "block_sparse"
+    assert stored_config(config).dilated is None
+    assert stored_config(config).block_sparse == (
+        BLOCKS if "attention" in options else BlockSparseConfig.from_model_config(config)
+    )
 
 
 def test_an_old_config_file(checkpoint: Path, tmp_path: Path) -> None:
@@ -264,6 +278,11 @@ def test_broken_checkpoints_are_refused(checkpoint: Path, tmp_path: Path, how: s
     [
         ({"attention": {"segment_lengths": [8]}}, ConfigError, "missing dilation_rates"),
         ({"backend": "ring_of_fire"}, ConfigError, "no backend 'ring_of_fire'"),
+        (
+            {"backend": "block_sparse", "attention": PATTERN},
+            PatchError,
+            "holds no pattern of the backend 'block_sparse'",
+        ),
         ({"max_position_embeddings": 128}, PatchError, "already reads 256 tokens, more than 128"),
         ({"max_position_embeddings": 512, "rope_scaling": "ntk"}, PatchError, "expected one of 'yarn'"),
         ({"max_position_embeddings": 512, "rope_scaling": {"rope_type": "ntk"}}, PatchError, "unknown to Transformers"),
