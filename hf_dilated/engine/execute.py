@@ -36,13 +36,9 @@ def forward(plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float)
     total = (FusedOutput if runs_fused(query) else StreamedOutput)(query, value.shape[3])
     chosen = _Kernels.of(query, value)
     for call in plan.calls:
-        (q,), (k, v) = _take(call, call.query, query), _take(call, call.key, key, value)
-        if call.is_packed:
-            lengths = call.packed_lengths(q.device)
-            part, lse = chosen.packed.forward(q, k, v, lengths, call.is_causal, scale)
-        else:
-            part, lse = chosen.for_call(call).forward(q, k, v, call.is_causal, scale)
-        total.add(call.query, part, lse, call.is_first)
+        part, part_lse = _attend(call, chosen, query, key, value, scale)
+        total.add(call.query, part, part_lse, call.is_first)
+        del part, part_lse
     return total.result()
 
 
@@ -54,14 +50,7 @@ def backward(
     of_query, of_key, of_value = total(query), total(key), total(value)
     chosen = _Kernels.of(query, value)
     for call in plan.calls:
-        q, grad_part, output_part = _take(call, call.query, query, grad, output)
-        (k, v), (lse_part,) = _take(call, call.key, key, value), _take(call, call.query, lse)
-        tensors = grad_part, q, k, v, output_part, lse_part
-        if call.is_packed:
-            lengths = call.packed_lengths(q.device)
-            parts = chosen.packed.backward(*tensors, lengths, call.is_causal, scale)
-        else:
-            parts = chosen.for_call(call).backward(*tensors, call.is_causal, scale)
+        parts = _gradients(call, chosen, grad, query, key, value, output, lse, scale)
         total.add(call.query, (of_query,), parts[:1])
         total.add(call.key, (of_key, of_value), parts[1:])
         del parts
@@ -89,6 +78,27 @@ class _Kernels:
     def packed(self) -> kernels.Packed:
         assert self.any_lengths is not None, "the plan has asked whether sequences of different lengths share a call"
         return self.any_lengths
+
+
+def _attend(
+    call: Call, chosen: _Kernels, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    (q,), (k, v) = _take(call, call.query, query), _take(call, call.key, key, value)
+    if call.is_packed:
+        return chosen.packed.forward(q, k, v, call.packed_lengths(q.device), call.is_causal, scale)
+    return chosen.for_call(call).forward(q, k, v, call.is_causal, scale)
+
+
+def _gradients(
+    call: Call, chosen: _Kernels, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
+    scale: float,
+) -> Gradients:  # fmt: skip
+    q, grad, output = _take(call, call.query, query, grad, output)
+    (lse,), (k, v) = _take(call, call.query, lse), _take(call, call.key, key, value)
+    if call.is_packed:
+        lengths = call.packed_lengths(q.device)
+        return chosen.packed.backward(grad, q, k, v, output, lse, lengths, call.is_causal, scale)
+    return chosen.for_call(call).backward(grad, q, k, v, output, lse, call.is_causal, scale)
 
 
 def _take(call: Call, selection: Selection, *tensors: Tensor) -> list[Tensor]:
