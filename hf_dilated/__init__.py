@@ -6,9 +6,11 @@ from hf_dilated.config import (
     ConfigError,
     DilatedConfig,
     MemoryConfig,
+    RingConfig,
     StoredConfig,
     block_mask_of,
 )
+from hf_dilated.distributed import SequenceLayout, ring_attention
 from hf_dilated.functional import block_sparse_attention, dilated_attention
 from hf_dilated.integration.registration import register
 from hf_dilated.memory import MemoryPolicy, MemoryPool, auto_configure_memory_pool
@@ -24,6 +26,8 @@ __all__ = [
     "MemoryPolicy",
     "MemoryPool",
     "PatchError",
+    "RingConfig",
+    "SequenceLayout",
     "StoredConfig",
     "auto_configure_memory_pool",
     "block_mask_of",
@@ -31,6 +35,7 @@ __all__ = [
     "dilated_attention",
     "patch_checkpoint",
     "patch_model",
+    "ring_attention",
     "unpatch_checkpoint",
     "unpatch_model",
 ]

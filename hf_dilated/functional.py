@@ -125,7 +125,7 @@ def attend(
         >>> attend(query, key, value, DensePattern(window=16)).shape
         torch.Size([1, 8, 100, 32])
     """
-    _check(query, key, value, key_positions, sink_logits)
+    check_inputs(query, key, value, key_positions, sink_logits)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     plain = key_positions is None and sink_logits is None and not return_lse
     if plain and not torch.compiler.is_compiling() and _is_stock(query, key, pattern, is_causal):
@@ -164,17 +164,33 @@ def _positions(
                 "key_positions: already say what attention_mask and position_ids do; pass one or the others"
             )
         return key_positions
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise TypeError(f"attention_mask: expected bool, True for real tokens, got {attention_mask.dtype}")
+    return token_positions(query.shape[0], query.shape[2], key.shape[2], attention_mask, position_ids)
+
+
+def token_positions(
+    B: int, N: int, M: int, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> Tensor | None:
+    """Number the real tokens of every document from 0, padding -1: (B, M), or None if there is nothing to say.
+
+    Args:
+        B: Rows.
+        N: Queries, the last of the key slots.
+        M: Key slots.
+        attention_mask: (B, M), True or 1 for real tokens.
+        position_ids: (B, N) or (B, M) integers.
+    """
     if attention_mask is None and position_ids is None:
         return None
-    B, N, M = query.shape[0], query.shape[2], key.shape[2]
+    given = attention_mask if attention_mask is not None else position_ids
+    assert given is not None
     if attention_mask is None:
-        real = torch.ones(B, M, dtype=torch.bool, device=query.device)
+        real = torch.ones(B, M, dtype=torch.bool, device=given.device)
     else:
         if attention_mask.shape != (B, M):
             raise ValueError(f"attention_mask: expected ({B}, {M}), got {_size(attention_mask)}")
-        if attention_mask.dtype != torch.bool:
-            raise TypeError(f"attention_mask: expected bool, True for real tokens, got {attention_mask.dtype}")
-        real = attention_mask
+        real = attention_mask.bool()
     starts = torch.zeros_like(real)
     if position_ids is not None:
         if position_ids.shape not in ((B, N), (B, M)):
@@ -188,7 +204,10 @@ def _positions(
     return torch.where(real, count - start_count, -1)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, key_positions: Tensor | None, sink_logits: Tensor | None) -> None:
+def check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, key_positions: Tensor | None, sink_logits: Tensor | None
+) -> None:
+    """Refuse tensors that do not fit together; arguments as in :func:`attend`."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected (batch, heads, tokens, head size), got {_size(x)}")

@@ -4,6 +4,7 @@ from hf_dilated.config.block_sparse import BlockParts, BlockSparseConfig, block_
 from hf_dilated.config.checks import ConfigError
 from hf_dilated.config.dilated import DilatedConfig, Offset, Overlap, Phase
 from hf_dilated.config.memory import MemoryConfig
+from hf_dilated.config.ring import RingConfig
 from hf_dilated.config.stored import StoredConfig
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Offset",
     "Overlap",
     "Phase",
+    "RingConfig",
     "StoredConfig",
     "block_mask_of",
 ]

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_dilated.engine import kernels
@@ -33,28 +34,69 @@ def forward(plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float)
         Output (B, H, N, Dv) in the dtype of the query, stored token by token, and LSE (B, H, N) in float32
         (float64 for float64).
     """
-    total = (FusedOutput if runs_fused(query) else StreamedOutput)(query, value.shape[3])
+    total = output_total(query, value.shape[3])
+    add_forward(total, plan, query, key, value, scale)
+    return total.result()
+
+
+def output_total(query: Tensor, value_size: int, dtype: torch.dtype | None = None) -> Any:
+    """Begin a merge of parts into an output like the query; ``dtype`` is what it is kept in between."""
+    return (FusedOutput if runs_fused(query) else StreamedOutput)(query, value_size, dtype)
+
+
+def gradient_total(like: Tensor, dtype: torch.dtype | None = None) -> Any:
+    """Begin a sum of parts of a gradient."""
+    return (FusedGradient if runs_fused(like) else StreamedGradient)(like, dtype)
+
+
+def add_forward(total: Any, plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    """Merge what a plan's calls return into an :func:`output_total`; tensors as in :func:`forward`."""
     chosen = _Kernels.of(query, value)
     for call in plan.calls:
-        part, part_lse = _attend(call, chosen, query, key, value, scale)
-        total.add(call.query, part, part_lse, call.is_first)
-        del part, part_lse
-    return total.result()
+        (q,), (k, v) = _take(call, call.query, query), _take(call, call.key, key, value)
+        if call.is_packed:
+            lengths = call.packed_lengths(q.device)
+            part, lse = chosen.packed.forward(q, k, v, lengths, call.is_causal, scale)
+        else:
+            part, lse = chosen.for_call(call).forward(q, k, v, call.is_causal, scale)
+        total.add(call.query, part, lse, call.is_first)
 
 
 def backward(
     plan: Plan, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float
 ) -> Gradients:
     """Gradients of :func:`forward`; ``output`` and ``lse`` are what it returned."""
-    total: Any = FusedGradient if runs_fused(query) else StreamedGradient
-    of_query, of_key, of_value = total(query), total(key), total(value)
+    totals = gradient_total(query), gradient_total(key), gradient_total(value)
+    add_backward(totals, plan, grad, query, key, value, output, lse, scale)
+    return totals[0].result(), totals[1].result(), totals[2].result()
+
+
+def add_backward(
+    totals: tuple[Any, Any, Any],
+    plan: Plan,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> None:
+    """Add a plan's share to the :func:`gradient_total` of query, key and value; tensors as in :func:`backward`."""
+    of_query, of_key, of_value = totals
     chosen = _Kernels.of(query, value)
     for call in plan.calls:
-        parts = _gradients(call, chosen, grad, query, key, value, output, lse, scale)
-        total.add(call.query, (of_query,), parts[:1])
-        total.add(call.key, (of_key, of_value), parts[1:])
+        q, grad_part, output_part = _take(call, call.query, query, grad, output)
+        (k, v), (lse_part,) = _take(call, call.key, key, value), _take(call, call.query, lse)
+        tensors = grad_part, q, k, v, output_part, lse_part
+        if call.is_packed:
+            lengths = call.packed_lengths(q.device)
+            parts = chosen.packed.backward(*tensors, lengths, call.is_causal, scale)
+        else:
+            parts = chosen.for_call(call).backward(*tensors, call.is_causal, scale)
+        of_query.add(call.query, (of_query,), parts[:1])
+        of_query.add(call.key, (of_key, of_value), parts[1:])
         del parts
-    return of_query.result(), of_key.result(), of_value.result()
 
 
 @dataclass(frozen=True)
@@ -78,27 +120,6 @@ class _Kernels:
     def packed(self) -> kernels.Packed:
         assert self.any_lengths is not None, "the plan has asked whether sequences of different lengths share a call"
         return self.any_lengths
-
-
-def _attend(
-    call: Call, chosen: _Kernels, query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    (q,), (k, v) = _take(call, call.query, query), _take(call, call.key, key, value)
-    if call.is_packed:
-        return chosen.packed.forward(q, k, v, call.packed_lengths(q.device), call.is_causal, scale)
-    return chosen.for_call(call).forward(q, k, v, call.is_causal, scale)
-
-
-def _gradients(
-    call: Call, chosen: _Kernels, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    scale: float,
-) -> Gradients:  # fmt: skip
-    q, grad, output = _take(call, call.query, query, grad, output)
-    (lse,), (k, v) = _take(call, call.query, lse), _take(call, call.key, key, value)
-    if call.is_packed:
-        lengths = call.packed_lengths(q.device)
-        return chosen.packed.backward(grad, q, k, v, output, lse, lengths, call.is_causal, scale)
-    return chosen.for_call(call).backward(grad, q, k, v, output, lse, call.is_causal, scale)
 
 
 def _take(call: Call, selection: Selection, *tensors: Tensor) -> list[Tensor]:

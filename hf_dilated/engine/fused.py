@@ -121,8 +121,9 @@ def gather(selection: Selection, *tensors: Tensor) -> tuple[Tensor, ...]:
 class FusedOutput:
     """Merges parts into the output (B, H, N, D) and LSE (B, H, N)."""
 
-    def __init__(self, query: Tensor, value_size: int) -> None:
+    def __init__(self, query: Tensor, value_size: int, dtype: torch.dtype | None = None) -> None:
         B, H, N, _ = query.shape
+        self.dtype = dtype or query.dtype
         self.shape = (B, N, H, value_size)
         self.query = query
         self.lse = query.new_empty((B, H, N), dtype=torch.float32)
@@ -132,7 +133,7 @@ class FusedOutput:
         """Take a part (n, h, L, D) with LSE (n, h, L), or (T, h, D) with (T, h)."""
         _, N, H, D = self.shape
         if self.output is None and selection.view is not None and _covers(selection.view, part, self.shape):
-            self.output = part.transpose(1, 2).view(self.shape)
+            self.output = part.transpose(1, 2).view(self.shape).to(self.dtype)
             view = selection.view.of(self.lse)
             view.copy_(part_lse.transpose(1, 2).reshape(view.shape))
             return
@@ -149,18 +150,19 @@ class FusedOutput:
         if self.output is None:
             self._start_empty()
         assert self.output is not None
-        return self.output.transpose(1, 2), self.lse
+        return self.output.transpose(1, 2).to(self.query.dtype), self.lse
 
     def _start_empty(self) -> None:
-        self.output = self.query.new_zeros(self.shape)
+        self.output = self.query.new_zeros(self.shape, dtype=self.dtype)
         self.lse.fill_(-math.inf)
 
 
 class FusedGradient:
     """Adds parts up to a gradient like x (B, H, N, D)."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, dtype: torch.dtype | None = None) -> None:
         B, H, N, D = like.shape
+        self.dtype = dtype or like.dtype
         self.shape = (B, N, H, D)
         self.like = like
         self.total: Tensor | None = None
@@ -180,15 +182,15 @@ class FusedGradient:
         if self.total is not None:
             return False
         if selection.view is not None and _covers(selection.view, part, self.shape):
-            self.total = part.transpose(1, 2).view(self.shape)
+            self.total = part.transpose(1, 2).view(self.shape).to(self.dtype)
             return True
-        self.total = self.like.new_zeros(self.shape)
+        self.total = self.like.new_zeros(self.shape, dtype=self.dtype)
         return False
 
     def result(self) -> Tensor:
         """Return the sum."""
         total = self.like.new_zeros(self.shape) if self.total is None else self.total
-        return total.transpose(1, 2)
+        return total.transpose(1, 2).to(self.like.dtype)
 
 
 def _add(selection: Selection, *pairs: tuple[FusedGradient, Tensor]) -> None:

@@ -37,7 +37,7 @@ def attend(
         q, k, v = batch.query(query), batch.key(key), batch.key(value)
         output, lse = execute.forward(batch.plan(q, k, v), q, k, v, scale)
         output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf).contiguous()
-        return _with_sink(output, lse, sink_logits)
+        return with_sink(output, lse, sink_logits)
 
 
 @attend.register_fake
@@ -61,7 +61,7 @@ def decode(
     query, key, value = _with_rows(query, key, value)
     with torch.cuda.device_of(query):
         output, lse = decoding.decode(query, key, value, key_positions, patterns.parse(pattern), scale)
-        return _with_sink(output, lse, sink_logits)
+        return with_sink(output, lse, sink_logits)
 
 
 @decode.register_fake
@@ -107,10 +107,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd_backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     query, key, value, key_positions, sink_logits, output, lse = ctx.saved_tensors
     grads = attend_backward(grad, query, key, value, output, lse, key_positions, ctx.pattern, ctx.is_causal, ctx.scale)
-    grad_sink = None
-    if sink_logits is not None:
-        weight = (sink_logits.to(lse.dtype)[:, None] - lse).exp()
-        grad_sink = -(weight * (grad * output).sum(-1)).sum((0, 2)).to(sink_logits.dtype)
+    grad_sink = None if sink_logits is None else sink_gradient(sink_logits, grad, output, lse)
     return *grads, None, grad_sink, None, None, None
 
 
@@ -122,13 +119,19 @@ def _with_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
-def _with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+def with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Let a learned logit per head take part in the softmax; it has no value."""
     if sink_logits is None:
         return output, lse
     total = torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None])
     share = (lse - total).exp().unsqueeze(-1)
     return (output * share).to(output.dtype), total
+
+
+def sink_gradient(sink_logits: Tensor, grad: Tensor, output: Tensor, lse: Tensor) -> Tensor:
+    """Gradient of the logits of :func:`with_sink`; ``output`` and ``lse`` are what it returned."""
+    weight = (sink_logits.to(lse.dtype)[:, None] - lse).exp()
+    return -(weight * (grad * output).sum(-1)).sum((0, 2)).to(sink_logits.dtype)
 
 
 class _Batch:

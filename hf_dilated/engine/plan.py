@@ -138,9 +138,37 @@ def make_plan(pattern: Pattern, documents: Documents, heads: int, kv_heads: int,
         is_causal: Whether tokens see only earlier ones.
         packs: Whether one call can hold sequences of different lengths; small calls then share one, too.
     """
+    frame = Frame(documents.rows, documents.queries, documents.keys, documents.are_whole_rows)
+    return plan_levels(pattern.levels(documents, heads, kv_heads, is_causal), frame, heads // kv_heads, packs)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The tensors that a plan reads: ``rows`` of ``queries`` queries and ``keys`` keys.
+
+    Attributes:
+        recurs: Whether later batches are likely to bring calls of the same sizes.
+    """
+
+    rows: int
+    queries: int
+    keys: int
+    recurs: bool
+
+
+def plan_levels(levels: Iterable[Level], frame: Frame, repeats: int, packs: bool, *, goes_on: bool = False) -> Plan:
+    """Plan the kernel calls of partial attentions.
+
+    Args:
+        levels: The partial attentions, in flat indices of the frame's rows.
+        frame: The tensors.
+        repeats: Query heads that share a key-value head.
+        packs: As for :func:`make_plan`.
+        goes_on: Whether another plan has attended with the same queries before.
+    """
     calls: list[Call] = []
-    for depth, level in enumerate(pattern.levels(documents, heads, kv_heads, is_causal)):
-        calls += _lower(level, documents, heads // kv_heads, packs, is_first=depth == 0)
+    for depth, level in enumerate(levels):
+        calls += _lower(level, frame, repeats, packs, is_first=depth == 0 and not goes_on)
     return Plan(tuple(calls))
 
 
@@ -156,21 +184,21 @@ class _Group:
     is_causal: bool
 
 
-def _lower(level: Level, documents: Documents, repeats: int, packs: bool, is_first: bool) -> Iterator[Call]:
+def _lower(level: Level, frame: Frame, repeats: int, packs: bool, is_first: bool) -> Iterator[Call]:
     gathered: dict[Any, list[_Group]] = defaultdict(list)
     for group in _groups(level, repeats):
-        query = _view(group.query, group.heads, documents.rows, documents.queries)
-        key = _view(group.key, group.key_heads, documents.rows, documents.keys)
+        query = _view(group.query, group.heads, frame.rows, frame.queries)
+        key = _view(group.key, group.key_heads, frame.rows, frame.keys)
         is_small = packs and len(level) > 1 and group.query.count.sum() * len(group.heads) <= SMALL_CALL
         if query and key and not is_small:
-            yield _call([group], documents, is_first, query, key)
+            yield _call([group], frame, is_first, query, key)
         else:
             size = int(group.query.count[0]), int(group.key.count[0])
             gathered[group.is_causal, group.turn, len(group.heads), len(group.key_heads), size].append(group)
     if packs:
         gathered = _pack(gathered)
     for groups in gathered.values():
-        yield _call(groups, documents, is_first)
+        yield _call(groups, frame, is_first)
 
 
 def _groups(level: Level, repeats: int) -> Iterator[_Group]:
@@ -233,15 +261,15 @@ def _view(spans: Spans | Gathered, heads: tuple[int, ...], rows: int, length: in
 
 
 def _call(
-    groups: list[_Group], documents: Documents, is_first: bool, query: View | None = None, key: View | None = None
+    groups: list[_Group], frame: Frame, is_first: bool, query: View | None = None, key: View | None = None
 ) -> Call:
     sizes = {int(count) for g in groups for count in (g.query.count[0], g.key.count[0])}
     return Call(
-        query=_side([(g.query, g.heads) for g in groups], documents.queries, query),
-        key=_side([(g.key, g.key_heads) for g in groups], documents.keys, key),
+        query=_side([(g.query, g.heads) for g in groups], frame.queries, query),
+        key=_side([(g.key, g.key_heads) for g in groups], frame.keys, key),
         is_causal=groups[0].is_causal,
         is_first=is_first,
-        recurs=documents.are_whole_rows and all(size % REGULAR_SIZE == 0 for size in sizes),
+        recurs=frame.recurs and all(size % REGULAR_SIZE == 0 for size in sizes),
     )
 
 

@@ -12,10 +12,10 @@ from hf_dilated.engine.plan import Selection
 class StreamedOutput:
     """Merges parts into the output (B, H, N, D) and LSE (B, H, N)."""
 
-    def __init__(self, query: Tensor, value_size: int) -> None:
+    def __init__(self, query: Tensor, value_size: int, dtype: torch.dtype | None = None) -> None:
         B, H, N, _ = query.shape
         self.dtype = query.dtype
-        self.output = query.new_zeros((B, N, H, value_size), dtype=wide(query.dtype)).transpose(1, 2)
+        self.output = query.new_zeros((B, N, H, value_size), dtype=dtype or wide(query.dtype)).transpose(1, 2)
         self.lse = query.new_full((B, H, N), -math.inf, dtype=wide(query.dtype))
 
     def add(self, selection: Selection, part: Tensor, part_lse: Tensor, is_first: bool) -> None:
@@ -41,10 +41,10 @@ class StreamedOutput:
 class StreamedGradient:
     """Adds parts up to a gradient like x (B, H, N, D)."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, dtype: torch.dtype | None = None) -> None:
         self.dtype = like.dtype
         B, H, N, D = like.shape
-        self.total = like.new_zeros((B, N, H, D), dtype=wide(like.dtype)).transpose(1, 2)
+        self.total = like.new_zeros((B, N, H, D), dtype=dtype or wide(like.dtype)).transpose(1, 2)
 
     @staticmethod
     def add(selection: Selection, totals: Sequence["StreamedGradient"], parts: Sequence[Tensor]) -> None:

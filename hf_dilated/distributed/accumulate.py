@@ -1,0 +1,83 @@
+"""Attention to keys that arrive in portions: one merge over all, gradients with the global output and LSE."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_dilated.distributed.transports import Transport
+from hf_dilated.engine import execute
+from hf_dilated.engine.op import sink_gradient, with_sink
+from hf_dilated.engine.streamed import wide
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | None, start: Callable[[], Transport], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend to what a transport brings; parts are merged and gradients added in float32 (float64 for float64).
+
+    Args:
+        query: (T, H, D), this rank's.
+        key: (T, G, D), this rank's.
+        value: (T, G, Dv).
+        sink_logits: (H,) logits without a value, or None.
+        start: Begins the transport, once for the forward and once for the backward pass.
+        scale: Factor of the scores.
+
+    Returns:
+        Output (T, H, Dv) and LSE (H, T), which is not differentiable.
+    """
+    return _Attend.apply(query, key, value, sink_logits, start, scale)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink_logits: Tensor | None,
+        start: Callable[[], Transport],
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        q = _heads_first(query)
+        with torch.cuda.device_of(query):
+            total = execute.output_total(q, value.shape[2], wide(query.dtype))
+            for part in start().portions(key, value):
+                execute.add_forward(total, part.plan, q, _heads_first(part.key), _heads_first(part.value), scale)
+            merged, lse = total.result()
+            output, lse = with_sink(merged, lse, sink_logits)
+        ctx.save_for_backward(query, key, value, sink_logits, output, lse)
+        ctx.start, ctx.scale = start, scale
+        ctx.mark_non_differentiable(lse)
+        return output[0].transpose(0, 1), lse[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        query, key, value, sink_logits, output, lse = ctx.saved_tensors
+        transport, dtype = ctx.start(), wide(query.dtype)
+        grad, q = _heads_first(grad.contiguous()), _heads_first(query)
+        with torch.cuda.device_of(query):
+            grad_query = execute.gradient_total(q, dtype)
+            own: list[Tensor] = []
+            for part in transport.portions(key, value):
+                k, v = _heads_first(part.key), _heads_first(part.value)
+                totals = grad_query, execute.gradient_total(k, dtype), execute.gradient_total(v, dtype)
+                execute.add_backward(totals, part.plan, grad, q, k, v, output, lse, ctx.scale)
+                found = [total.result()[0].transpose(0, 1) for total in totals[1:]]
+                if part.place:
+                    transport.send_home(part, *found)
+                else:
+                    own = [x.to(dtype) for x in found]
+            for add in transport.arrivals():
+                add(*own)
+        grads = [grad_query.result()[0].transpose(0, 1), own[0].to(key.dtype), own[1].to(value.dtype)]
+        grad_sink = None if sink_logits is None else sink_gradient(sink_logits, grad, output, lse)
+        return *grads, grad_sink, None, None
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """Turn (T, H, …) into (1, H, T, …), as the engine takes it, without copying."""
+    return x.transpose(0, 1).unsqueeze(0)

@@ -1,0 +1,129 @@
+"""Attention over a sequence whose tokens are spread over ranks: exact, whatever the pattern."""
+
+import math
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_dilated.config import RingConfig
+from hf_dilated.config.ring import Transport as TransportName
+from hf_dilated.distributed.accumulate import attend
+from hf_dilated.distributed.communication import Wire
+from hf_dilated.distributed.heads import attend_by_heads
+from hf_dilated.distributed.layout import SequenceLayout
+from hf_dilated.distributed.shares import Problem, own_plan
+from hf_dilated.distributed.transports import Exchange, Gather, Here, SeenRows
+from hf_dilated.engine import kernels
+from hf_dilated.functional import check_inputs
+from hf_dilated.patterns import DensePattern, parse
+from hf_dilated.patterns.partials import Pattern
+
+TRANSPORTS = {"gather": Gather, "exchange": Exchange, "rows": SeenRows}
+
+
+def ring_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SequenceLayout,
+    *,
+    group: dist.ProcessGroup | None = None,
+    pattern: Pattern | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    sink_logits: Tensor | None = None,
+    config: RingConfig | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of one rank's queries to the keys of all ranks; forward and backward are collective.
+
+    Args:
+        query: (B, H, n, D), this rank's shard: ``n`` is ``layout.slots``.
+        key: (B, G, n, D), G a divisor of H: grouped heads are not repeated, neither here nor on the way.
+        value: (B, G, n, Dv).
+        layout: Which rank holds which tokens. All ranks must have the same.
+        group: The ranks; None is this process alone.
+        pattern: Who attends to whom: ``DensePattern()`` (the default), a windowed or a ``DilatedPattern``.
+        is_causal: Whether tokens see only earlier ones.
+        scale: Factor of the scores; ``1 / sqrt(D)`` by default.
+        sink_logits: (H,) learned logits that take part in every softmax of their head without a value.
+        config: How keys and values travel.
+        return_lse: Also return the log-sum-exp, which is not differentiable.
+
+    Returns:
+        Output (B, H, n, Dv), 0 in empty slots, and, if asked for, LSE (B, H, n) in float32 (float64 for float64).
+
+    Raises:
+        ValueError: If shapes do not fit together or the layout was made for another number of ranks.
+        NotImplementedError: While ``torch.compile`` traces.
+
+    Example:
+        >>> layout = SequenceLayout.of((1, 100), ranks=1)
+        >>> query, key, value = (torch.randn(1, 8, 100, 32) for _ in range(3))
+        >>> ring_attention(query, key, value, layout).shape
+        torch.Size([1, 8, 100, 32])
+    """
+    config, pattern = config or RingConfig(), pattern or DensePattern()
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "ring attention cannot be compiled: mark the model's layers with torch.compiler.disable"
+        )
+    check_inputs(query, key, value, None, sink_logits)
+    wire = None if group is None else Wire.of(group)
+    _check_layout(query, key, layout, 1 if wire is None else wire.ranks)
+    problem = Problem(
+        layout=layout,
+        pattern=pattern.spec,
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        is_causal=is_causal,
+        packs=kernels.choose_packed(kernels.Case.of(query, value)) is not None,
+    )
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    q, k, v = (_flat(x) for x in (query, key, value))
+    if wire is None or wire.ranks == 1:
+        output, lse = attend(q, k, v, sink_logits, partial(Here, own_plan(problem, 0)), scale)
+    elif (name := choose_transport(problem, config, k, v)) == "heads":
+        output, lse = attend_by_heads(q, k, v, sink_logits, problem, wire, scale)
+    else:
+        output, lse = attend(q, k, v, sink_logits, partial(TRANSPORTS[name], wire, problem), scale)
+    output = output.view(layout.rows, layout.slots, *output.shape[1:]).transpose(1, 2)
+    if not return_lse:
+        return output
+    return output, lse.detach().view(-1, layout.rows, layout.slots).transpose(0, 1)
+
+
+def choose_transport(problem: Problem, config: RingConfig, key: Tensor, value: Tensor) -> TransportName:
+    """Return how keys and values travel; a function of what all ranks have in common.
+
+    Raises:
+        ValueError: If the heads cannot be divided among the ranks as ``transport="heads"`` asks.
+    """
+    ranks = problem.layout.ranks
+    if config.transport == "heads" and problem.kv_heads % ranks:
+        raise ValueError(
+            f'transport="heads": {problem.kv_heads} key-value heads do not divide among {ranks} ranks; use '
+            '"gather" or "exchange"'
+        )
+    if config.transport != "auto":
+        return config.transport
+    if not parse(problem.pattern).is_dense(max(problem.layout.documents.length, default=0)):
+        return "rows"
+    size = ranks * (key.numel() * key.element_size() + value.numel() * value.element_size())
+    return "gather" if size <= config.gather_bytes else "exchange"
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Turn (B, H, n, D) into (T, H, D), token by token."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _check_layout(query: Tensor, key: Tensor, layout: SequenceLayout, ranks: int) -> None:
+    if layout.ranks != ranks:
+        raise ValueError(f"layout: made for {layout.ranks} ranks, the group has {ranks}")
+    expected = layout.rows, layout.slots
+    for name, x in (("query", query), ("key", key)):
+        if (x.shape[0], x.shape[2]) != expected:
+            raise ValueError(f"{name}: a shard of this layout has {expected} rows and slots, got {tuple(x.shape)}")
