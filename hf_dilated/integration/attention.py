@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_dilated.config import DilatedConfig
 from hf_dilated.integration.backends import BACKENDS
-from hf_dilated.integration.documents import shared_positions
+from hf_dilated.integration.documents import check_gaps, shared_positions
 from hf_dilated.integration.layers import module_pattern
 from hf_dilated.integration.masks import FORMS
 from hf_dilated.integration.packing import BOUNDARIES, WITHOUT_CHECK, check_boundaries
@@ -94,6 +94,8 @@ def attention_forward(
     _check_lengths(module, query, key, attention_mask, is_causal)
     key_positions = _key_positions(query, key, attention_mask, options.get("position_ids"))
     check_boundaries(options, key_positions, key.shape[0], key.shape[2])
+    if sliding_window is not None and query.shape[2] > 1 and key_positions is not None:
+        check_gaps(key_positions)
     pattern = module_pattern(module, sliding_window, backend)
     _warn_if_long(pattern, key.shape[2], key_positions)
     query, key, value = _autocast(query, key, value)

@@ -4,30 +4,15 @@ Transformers tells the mask function of packed documents when there is neither p
 (gpt-oss, Gemma 3) never. The position ids that reach the attention function say it in every case.
 """
 
-import threading
-import weakref
-from collections import deque
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-KINDS_OF_LAYERS = 4  # of one forward: each has its own mask
+from hf_dilated.integration.remembered import Remembered
+from hf_dilated.integration.support import UnsupportedError
 
-
-class _Answer(NamedTuple):
-    asked: list[tuple[weakref.ref[Tensor], int | None]]
-    shape: tuple[int, int]
-    positions: Tensor | None
-
-
-class _Answers(threading.local):
-    def __init__(self) -> None:
-        self.recent: deque[_Answer] = deque(maxlen=KINDS_OF_LAYERS)
-
-
-_answers = _Answers()
+_positions_of: Remembered[Tensor | None] = Remembered()
+_gapless: Remembered[bool] = Remembered()
 
 
 def shared_positions(
@@ -45,7 +30,8 @@ def shared_positions(
         keys: M.
 
     Returns:
-        (B, M) int64, on the CPU where there are several documents; None for one whole document a row.
+        (B, M) int64, on the CPU for several queries (one synchronisation for all layers); None for one whole
+        document a row.
 
     Example:
         >>> shared_positions(None, torch.tensor([[0, 1, 2, 0, 1]]), batch=1, queries=5, keys=5)
@@ -57,39 +43,71 @@ def shared_positions(
     if not tensors:
         return None
     if torch.compiler.is_compiling():
-        return _positions(mask, position_ids, batch, keys)
-    for answer in _answers.recent:
-        if answer.shape == (batch, keys) and _unchanged(answer.asked, tensors):
-            return answer.positions
-    positions = _positions(mask, position_ids, batch, keys)
-    asked = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
-    _answers.recent.append(_Answer(asked, (batch, keys), positions))
-    return positions
+        return _positions_while_tracing(mask, position_ids, batch, keys)
+    if queries == 1:
+        return _positions_of.get(tensors, (batch, keys), lambda: _stated(mask, batch, keys))
+    return _positions_of.get(tensors, (batch, keys), lambda: _positions_on_host(mask, position_ids, batch, keys))
 
 
-def _version(tensor: Tensor) -> int | None:
-    """Changes of inference tensors leave no trace."""
-    return None if tensor.is_inference() else tensor._version
+def check_gaps(positions: Tensor) -> None:
+    """Refuse padding between real tokens of (B, M) positions: a window of a dense mask counts it, positions do not.
+
+    Raises:
+        UnsupportedError: If a row has some.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if not _gapless.get([positions], None, lambda: _has_no_gaps(positions)):
+        raise UnsupportedError(
+            "attention_mask has padding between real tokens, and layers with a sliding window would count it; pad on "
+            'the left or right only (prompt and prefix tuning: on the right), or use attn_implementation="sdpa"'
+        )
 
 
-def _unchanged(asked: list[tuple[weakref.ref[Tensor], int | None]], tensors: list[Tensor]) -> bool:
-    return len(asked) == len(tensors) and all(
-        ref() is tensor and version is not None and version == _version(tensor)
-        for (ref, version), tensor in zip(asked, tensors, strict=True)
-    )
+def _has_no_gaps(positions: Tensor) -> bool:
+    real = positions >= 0
+    slot = torch.arange(positions.shape[1], device=positions.device)
+    last, first = torch.where(real, slot, -1).amax(1), torch.where(real, slot, slot[-1] + 1).amin(1)
+    return not bool((real.any(1) & (last - first + 1 != real.sum(1))).any())
 
 
-def _positions(mask: Tensor | None, position_ids: Tensor | None, batch: int, keys: int) -> Tensor | None:
-    positions = None if mask is None else mask[:, 0, 0].long().expand(batch, keys)
+def _stated(mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
+    return None if mask is None else mask[:, 0, 0].long().expand(batch, keys)
+
+
+def _positions_while_tracing(mask: Tensor | None, position_ids: Tensor | None, batch: int, keys: int) -> Tensor | None:
+    stated = _stated(mask, batch, keys)
     if position_ids is None:
-        return positions
-    whole = torch.arange(keys, device="cpu").expand(batch, keys) if positions is None else positions.cpu()
-    starts = _document_starts(whole, position_ids.cpu().expand(batch, -1))
-    if not torch.compiler.is_compiling() and not starts.any():
-        return positions
-    count = (whole >= 0).long().cumsum(1) - 1
-    start = torch.where(starts | (whole == 0), count, 0).cummax(1).values
-    return torch.where(whole >= 0, count - start, whole)
+        return stated
+    positions = torch.arange(keys, device="cpu").expand(batch, keys) if stated is None else stated.cpu()
+    starts = _document_starts(positions, position_ids.cpu().expand(batch, -1))
+    return _renumbered(positions, starts)
+
+
+def _positions_on_host(mask: Tensor | None, position_ids: Tensor | None, batch: int, keys: int) -> Tensor | None:
+    mask, position_ids = _fetch(mask, position_ids)
+    whole = torch.arange(keys, device="cpu").expand(batch, keys)
+    stated = _stated(mask, batch, keys)
+    positions = whole if stated is None else stated
+    if position_ids is not None:
+        starts = _document_starts(positions, position_ids.expand(batch, -1))
+        positions = _renumbered(positions, starts) if starts.any() else positions
+    return None if torch.equal(positions, whole) else positions
+
+
+def _fetch(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Bring integers to the host in one transfer: a device is asked to finish its work at most once."""
+    away = [x for x in tensors if x is not None and x.device.type != "cpu"]
+    if len({x.device for x in away}) != 1:
+        return [None if x is None else x.cpu() for x in tensors]
+    parts = iter(torch.cat([x.flatten().long() for x in away]).cpu().split([x.numel() for x in away]))
+    return [x if x is None or x.device.type == "cpu" else next(parts).view(x.shape) for x in tensors]
+
+
+def _renumbered(positions: Tensor, starts: Tensor) -> Tensor:
+    count = (positions >= 0).long().cumsum(1) - 1
+    start = torch.where(starts | (positions == 0), count, 0).cummax(1).values
+    return torch.where(positions >= 0, count - start, positions)
 
 
 def _document_starts(positions: Tensor, ids: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import masking_utils
 
+from hf_dilated.integration.remembered import Remembered
 from hf_dilated.integration.support import UnsupportedError, check_model
 
 PADDING, NOT_WRITTEN = -1, -2
@@ -48,6 +49,9 @@ class Meaning(NamedTuple):
     is_packed: bool
 
 
+_masks: Remembered[Tensor] = Remembered()
+
+
 def position_mask(
     batch_size: int,
     q_length: int,
@@ -73,9 +77,9 @@ def position_mask(
         config: Configuration of the model that asks.
 
     Returns:
-        Positions (B, 1, 1, M) in a dtype of :data:`FORMS`: on the CPU for several queries, because the engine plans
-        there (one synchronisation for each kind of mask), and on ``device`` for one query. Whole documents without
-        padding: zeros (1, 1, 1, M) that take no memory.
+        Positions (B, 1, 1, M) in a dtype of :data:`FORMS`, on ``device``; the same tensor for all kinds of layers
+        that share a padding mask. While ``torch.compile`` traces they are on the CPU for several queries, because the
+        engine plans there. Whole documents without padding: zeros (1, 1, 1, M) that take no memory.
 
     Raises:
         UnsupportedError: If the model bypasses the backend, or the mask means something else.
@@ -96,17 +100,22 @@ def position_mask(
         if kv_offset + kv_length == q_offset + q_length:
             return _whole(meaning, kv_length)
         device = device if q_length == 1 else "cpu"  # nothing has to be fetched
+    form = DTYPES[Form(meaning.is_causal, has_positions=True)]
+
+    def build() -> Tensor:
+        if meaning.is_packed:
+            position = _packed_positions(mask_function, batch_size, q_length, device)
+        else:
+            position = _positions(attention_mask, batch_size, kv_length, q_offset + q_length, kv_offset, device)
+        return position[:, None, None, :].to(form)
+
+    if tracing:
+        return build().cpu() if q_length > 1 else build()
     if meaning.is_packed:
-        position = _packed_positions(mask_function, batch_size, q_length, device)
-    else:
-        position = _positions(attention_mask, batch_size, kv_length, q_offset + q_length, kv_offset, device)
-    if q_length > 1:
-        position = position.cpu()
-        if meaning.is_windowed and not tracing:
-            _check_gaps(position)
-        if not tracing and torch.equal(position, torch.arange(kv_length, device=position.device).expand_as(position)):
-            return _whole(meaning, kv_length)
-    return position[:, None, None, :].to(DTYPES[Form(meaning.is_causal, has_positions=True)])
+        return build()
+    tensors = [x for x in (attention_mask, q_offset) if isinstance(x, Tensor)]
+    end = None if isinstance(q_offset, Tensor) else q_offset + q_length
+    return _masks.get(tensors, (batch_size, q_length, kv_length, end, kv_offset, str(device), form), build)
 
 
 def _whole(meaning: Meaning, kv_length: int) -> Tensor:
@@ -157,18 +166,6 @@ def _check_shape(
     if kv_offset and not meaning.is_windowed:
         raise UnsupportedError(
             f"the cache has dropped {kv_offset} tokens of a layer that has no window; use a cache that keeps all"
-        )
-
-
-def _check_gaps(position: Tensor) -> None:
-    """A dense mask counts windows in slots, positions count tokens: the same unless padding lies between tokens."""
-    real = position >= 0
-    slot = torch.arange(position.shape[1], device=position.device)
-    last, first = torch.where(real, slot, -1).amax(1), torch.where(real, slot, slot[-1] + 1).amin(1)
-    if (real.any(1) & (last - first + 1 != real.sum(1))).any():
-        raise UnsupportedError(
-            "attention_mask has padding between real tokens, and layers with a sliding window would count it; pad on "
-            'the left or right only (prompt and prefix tuning: on the right), or use attn_implementation="sdpa"'
         )
 
 

@@ -12,6 +12,8 @@ from transformers import (
     masking_utils,
 )
 
+from hf_dilated.integration import documents
+from hf_dilated.integration.documents import check_gaps, shared_positions
 from hf_dilated.integration.masks import FORMS, position_mask
 from hf_dilated.integration.support import UnsupportedError
 
@@ -52,10 +54,11 @@ def is_whole(mask):
 
 def test_whole_documents_need_no_positions():
     assert is_whole(build(5))
-    assert is_whole(build(5, mask=[[1] * 5]))
+    assert shared_positions(build(5, mask=[[1] * 5]), None, batch=1, queries=5, keys=5) is None
     assert is_whole(build(3, cache=filled(DynamicCache(), 4)))
     assert is_whole(build(1, cache=filled(DynamicCache(), 4)))
-    assert is_whole(build(3, mask=[[1] * 7], cache=filled(DynamicCache(), 4)))
+    mask = build(3, mask=[[1] * 7], cache=filled(DynamicCache(), 4))
+    assert shared_positions(mask, None, batch=1, queries=3, keys=7) is None
     assert is_whole(build(5, builder=masking_utils.create_bidirectional_mask))
 
 
@@ -104,9 +107,11 @@ def test_a_cache_that_keeps_a_window_counts_from_its_first_slot():
 def test_padding_inside_a_window_is_refused():
     config = MistralConfig(sliding_window=4, attn_implementation="dilated")
     options = {"builder": masking_utils.create_sliding_window_causal_mask, "config": config}
-    assert rows(build(5, mask=[[0, 1, 1, 1, 0]], **options)) == [[-1, 0, 1, 2, -1]]
+    positions = rows(build(5, mask=[[0, 1, 1, 1, 0]], **options))
+    assert positions == [[-1, 0, 1, 2, -1]]
+    check_gaps(torch.tensor(positions))
     with pytest.raises(UnsupportedError, match="padding between real tokens"):
-        build(5, mask=[[0, 1, 0, 1, 1]], **options)
+        check_gaps(torch.tensor(rows(build(5, mask=[[0, 1, 0, 1, 1]], **options))))
 
 
 def custom(batch_idx, head_idx, q_idx, kv_idx):
@@ -141,6 +146,35 @@ def test_queries_of_another_sequence_are_refused():
 def test_unknown_arguments_are_refused():
     with pytest.raises(UnsupportedError, match="segments=3"):
         position_mask(1, 2, 2, config=CONFIG, segments=3)
+
+
+def test_kinds_of_layers_share_what_a_padding_mask_says():
+    mask = torch.tensor([[False, True, True, True]])
+    windowed = masking_utils.sliding_window_causal_mask_function(2)
+    plain, again = (position_mask(1, 4, 4, attention_mask=mask, mask_function=f, config=CONFIG)
+                    for f in (masking_utils.causal_mask_function, windowed))  # fmt: skip
+    assert plain is again
+    mask[0, 0] = True
+    assert position_mask(1, 4, 4, attention_mask=mask, config=CONFIG).flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_positions_and_ids_come_to_the_host_together(monkeypatch):
+    """On a device, where `cpu()` waits for all work under way."""
+    transfers = []
+    mask, ids = (torch.tensor([values]) for values in ([-1, 0, 1, 2], [0, 1, 2, 0]))
+
+    class Away(torch.Tensor):
+        """A tensor that says that it is somewhere else."""
+
+        device = torch.device("meta")
+
+        def cpu(self):
+            transfers.append(self)
+            return self.as_subclass(torch.Tensor)
+
+    found = documents._fetch(mask.as_subclass(Away), ids.as_subclass(Away))
+    assert [x.tolist() for x in found] == [mask.tolist(), ids.tolist()]
+    assert len(transfers) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
