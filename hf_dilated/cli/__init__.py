@@ -6,8 +6,10 @@ import typer
 
 import hf_dilated
 from hf_dilated.cli.console import console
+from hf_dilated.cli.evaluate import evaluate
 from hf_dilated.cli.info import info
 from hf_dilated.cli.patch import patch, unpatch
+from hf_dilated.cli.lm_eval import lm_eval
 
 app = typer.Typer(help="Long-context attention for the Transformers models you already have.", no_args_is_help=True)
 
@@ -23,3 +25,5 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 app.command()(info)
 app.command()(patch)
 app.command()(unpatch)
+app.command()(evaluate)
+app.command("lm-eval")(lm_eval)

@@ -59,7 +59,7 @@ def read(model: Any, input_ids: Tensor) -> Reading:
     with memory.measured():
         started = time.perf_counter()
         logits = model(input_ids=input_ids[None], use_cache=False).logits[0]
-        _wait(input_ids.device)
+        wait(input_ids.device)
         seconds = time.perf_counter() - started
     return Reading(losses=_losses(logits, input_ids), seconds=seconds, peak_bytes=memory.peak_bytes)
 
@@ -176,6 +176,7 @@ def _check_document(input_ids: Tensor) -> None:
         raise ValueError(f"input_ids: expected the (N,) tokens of one document, got {tuple(input_ids.shape)}")
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,0 +1,87 @@
+"""What a model finds in a long text: the tasks of :mod:`hf_dilated.tasks`, by depth and length."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+
+from hf_dilated.tasks import TASKS, Haystack, Sample
+
+SPARE_TOKENS = 4  # an answer may be written in more tokens than the tokenizer would choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """How well one sample was answered.
+
+    Attributes:
+        tokens: Length of prompt and expected answer.
+        depth: Where the needle lay; None where that means nothing.
+        score: Share of the answers found, 0 to 1.
+    """
+
+    task: str
+    tokens: int
+    depth: float | None
+    score: float
+
+
+def make_samples(
+    haystack: Haystack,
+    tasks: Iterable[str],
+    lengths: Iterable[int],
+    depths: Sequence[float],
+    *,
+    repeats: int = 1,
+    seed: int = 0,
+) -> Iterator[Sample]:
+    """Make the samples of a grid, always the same ones.
+
+    Args:
+        haystack: The text to hide needles in.
+        tasks: Names of :data:`hf_dilated.tasks.TASKS`.
+        lengths: Tokens of prompt and answer.
+        depths: Where the needle lies; every task has as many samples of a length.
+        repeats: Samples of every length and depth.
+        seed: Of text, words and numbers.
+
+    Raises:
+        ValueError: If a task is unknown.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {task!r}")
+        for length in lengths:
+            for depth in depths:
+                for repeat in range(repeats):
+                    random = Random(f"{seed} {task} {length} {depth} {repeat}")
+                    yield TASKS[task](haystack, length, random, depth)
+
+
+@torch.no_grad()
+def retrieve(model: Any, tokenizer: Any, sample: Sample) -> Retrieval:
+    """Let a model answer greedily, with its cache, and score what it writes.
+
+    Args:
+        model: A causal language model of Transformers.
+        tokenizer: Its tokenizer; what it puts in front of every text goes in front of the prompt.
+        sample: The question.
+    """
+    model.eval()
+    prompt = torch.tensor([[*tokenizer("").input_ids, *sample.prompt]], device=model.device)
+    end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    written = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=len(sample.completion) + SPARE_TOKENS,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=end,
+    )
+    answer = tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
+    tokens = len(sample.prompt) + len(sample.completion)
+    return Retrieval(task=sample.task, tokens=tokens, depth=sample.depth, score=sample.score(answer))

@@ -1,0 +1,1 @@
+"""Fine-tuning at long contexts: data, schedules, adapters and logging for Transformers' ``Trainer``."""

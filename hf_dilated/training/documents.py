@@ -1,0 +1,61 @@
+"""Where documents come from: the Hub, or files at hand, read as a stream."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}  # of everything else a file is a document
+SHUFFLED_AT_ONCE = 1000
+
+
+def stream_texts(source: str, *, files: str = "**/*", split: str = "train", **options: Any) -> Any:
+    """Open a streaming dataset of texts with 🤗 Datasets; nothing is downloaded or read as a whole.
+
+    Args:
+        source: A folder, a file (text, ``.jsonl``, ``.json`` or ``.parquet``) or a dataset's name on the Hub.
+        files: Which files of a folder; every text file is one document.
+        split: Of a dataset on the Hub.
+        options: Passed to ``datasets.load_dataset``, for example ``name="sample-10BT"``.
+
+    Raises:
+        ValueError: If a folder holds no such file, or files of several kinds.
+    """
+    from datasets import load_dataset
+
+    path = Path(source)
+    if not path.exists():
+        return load_dataset(source, split=split, streaming=True, **options)
+    found = sorted(file for file in path.glob(files) if file.is_file()) if path.is_dir() else [path]
+    builders = {BUILDERS.get(file.suffix, "text") for file in found}
+    if len(builders) != 1:
+        what = f"files of several kinds ({', '.join(sorted(builders))})" if builders else "no file"
+        raise ValueError(f"{source}: {files!r} finds {what}; choose others")
+    builder = builders.pop()
+    if builder == "text":
+        options |= {"sample_by": "document"}
+    return load_dataset(builder, data_files=[str(file) for file in found], split="train", streaming=True, **options)
+
+
+def tokenized(texts: Any, tokenizer: Any, *, column: str = "text", seed: int = 0) -> Callable[[int], Iterator[list[int]]]:
+    """Return the documents of an epoch in tokens, in another order each time, for ``PackedRows``.
+
+    A document ends with the tokenizer's end-of-text token, and begins as the tokenizer lets texts begin.
+
+    Args:
+        texts: A streaming dataset.
+        tokenizer: A tokenizer of Transformers.
+        column: Where the dataset keeps its texts.
+        seed: Of the order.
+    """
+    end = tokenizer.eos_token_id
+
+    def epoch(number: int) -> Iterator[list[int]]:
+        shuffled = texts.shuffle(seed=seed, buffer_size=SHUFFLED_AT_ONCE)
+        shuffled.set_epoch(number)
+        for example in shuffled:
+            if column not in example:
+                raise ValueError(f"column: {column!r} is not one of {', '.join(example)}")
+            tokens: list[int] = tokenizer(example[column], verbose=False).input_ids
+            yield tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
+
+    return epoch
