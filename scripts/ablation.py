@@ -2,7 +2,7 @@
 
     python scripts/ablation.py --output outputs/ablation                       # 2k -> 32k on one GPU
     python scripts/ablation.py --output outputs/ablation --only once --only dense
-    python scripts/ablation.py --output outputs/ablation --device cpu --max-length 512 --steps 2 --rows 1 --trained 128
+    python scripts/ablation.py --output outputs/ablation --only once --device cpu --max-length 4096 --steps 2 --rows 1
 
 It tunes the shipped model once for each variant on the standard library's sources and on made documents that ask for
 something far away, and reads held-out sources and looks for pass keys before and after, with the variant's own
@@ -12,7 +12,7 @@ attention and with dense attention. Every variant ends as a line of ablation.jso
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ import torch
 import typer
 from evaluate import CHARACTERS_PER_TOKEN, joined
 from train_base import is_held_out, read_library
-from train_long_context import ModelArguments, load_model, make_rows, make_trainer
+from train_long_context import HAYSTACK_CHARACTERS, ModelArguments, load_model, make_rows, make_trainer
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -84,7 +84,9 @@ class Sources:
         size = setting.max_length * CHARACTERS_PER_TOKEN
         parts = [{p: text for p, text in texts.items() if is_held_out(p) == held_out} for held_out in (True, False)]
         held_out, training = (joined(part, size) for part in parts)
-        self.test_haystack, self.haystack = (Haystack(tokenizer, "\n".join(d.values())) for d in (held_out, training))
+        self.test_haystack, self.haystack = (
+            Haystack(tokenizer, "\n".join(texts.values())[:HAYSTACK_CHARACTERS]) for texts in (held_out, training)
+        )
         chosen = list(held_out.items())[: setting.documents]
         self.documents = {
             name: tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].to(setting.device)
@@ -232,7 +234,8 @@ def main(
             done.append(run(name, known[name], tokenizer, sources, setting, output))
             lines.write(json.dumps(done[-1]) + "\n")
             lines.flush()
-            typer.echo(summary(done[-1:]).markdown() if len(done) == 1 else "\n".join(summary(done[-1:]).markdown().splitlines()[2:]))
+            for line in summary(done[-1:]).rows:
+                typer.echo("  ".join(line))
     (output / "ablation.md").write_text(summary(done).markdown() + "\n", "utf-8")
 
 

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on files of Python's standard library that the shipped model has never seen.
 
     python scripts/evaluate.py --model outputs/long --output outputs/evaluation
-    python scripts/evaluate.py --model outputs/long --max-length 32768 --device cuda --attention dense --attention dilated
+    python scripts/evaluate.py --model outputs/long --output outputs/evaluation --max-length 32768 --device cuda
 
 It is `hf-dilated evaluate` with the texts chosen: held-out files laid end to end, in order of their paths, into
 documents of the greatest length. docs/evaluation.md explains the numbers.

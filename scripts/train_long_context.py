@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -167,7 +166,9 @@ def run(model_arguments: ModelArguments, data: DataArguments, arguments: Trainin
         from peft import get_peft_model
 
         model = get_peft_model(model, long_lora(model, rank=model_arguments.lora_rank))
-    texts = stream_texts(data.dataset, files=data.files, split=data.split, **({"name": data.subset} if data.subset else {}))
+    texts = stream_texts(
+        data.dataset, files=data.files, split=data.split, **({"name": data.subset} if data.subset else {})
+    )
     rows = make_rows(
         tokenized(texts, tokenizer, column=data.column, seed=arguments.seed),
         arguments,

@@ -11,15 +11,13 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_dilated.cli.console import console, errors
-from hf_dilated.config import ConfigError
+from hf_dilated.config import ConfigError, DilatedConfig
 from hf_dilated.evaluation.report import Report
 from hf_dilated.evaluation.suite import DENSE, PARTS, Evaluation, steps, trained_length
 from hf_dilated.evaluation.suite import evaluate as measure
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.tasks import TASKS, Haystack
-
-Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
 
 
 def evaluate(
@@ -36,7 +34,7 @@ def evaluate(
     part: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(PARTS)}; repeat it.")] = None,
     task: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(TASKS)}; repeat it.")] = None,
     repeats: Annotated[int, typer.Option(help="Samples of every task, length and depth.", min=1)] = 1,
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, …")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
@@ -94,9 +92,12 @@ def run(
         repeats=repeats,
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
+    if "dilated" in plan.attentions and stored_config(config).dilated is None:
+        config.hf_dilated = DilatedConfig.from_model_config(config, max_length=max_length)
+    loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype).to(device)
     documents = {
-        name: tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].to(device) for name, text in texts.items()
+        name: tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].to(device)
+        for name, text in texts.items()
     }
     haystack = Haystack(tokenizer, "\n".join(texts.values()))
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))

@@ -6,8 +6,6 @@ from typing import Any
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-import hf_dilated  # noqa: F401  (registers the backends)
-
 
 @register_model("hf-dilated")
 class DilatedLM(HFLM):

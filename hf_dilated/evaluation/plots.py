@@ -53,8 +53,11 @@ def _retrieval(figure: Figure, rows: Rows) -> None:
 
 def _cost(figure: Figure, rows: Rows) -> None:
     figure.set_size_inches(13, 4)
-    panels = (("read_seconds", "seconds to read", 1.0), ("seconds_per_token", "ms for a new token", 1e3))
-    panels += (("peak_bytes", "memory, MiB", 2**-20),)
+    panels = (
+        ("read_seconds", "seconds to read", 1.0),
+        ("seconds_per_token", "ms for a new token", 1e3),
+        ("peak_bytes", "memory, MiB", 2**-20),
+    )
     for axes, (field, label, unit) in zip(figure.subplots(1, 3), panels, strict=True):
         for name, chosen in _by(rows, "attention").items():
             known = [row for row in chosen if row[field] is not None]

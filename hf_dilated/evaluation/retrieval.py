@@ -1,7 +1,6 @@
 """What a model finds in a long text: the tasks of :mod:`hf_dilated.tasks`, by depth and length."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -12,22 +11,6 @@ from hf_dilated.tasks import TASKS, Haystack, Sample
 SPARE_TOKENS = 4  # an answer may be written in more tokens than the tokenizer would choose
 
 
-@dataclass(frozen=True, kw_only=True)
-class Retrieval:
-    """How well one sample was answered.
-
-    Attributes:
-        tokens: Length of prompt and expected answer.
-        depth: Where the needle lay; None where that means nothing.
-        score: Share of the answers found, 0 to 1.
-    """
-
-    task: str
-    tokens: int
-    depth: float | None
-    score: float
-
-
 def make_samples(
     haystack: Haystack,
     tasks: Iterable[str],
@@ -36,13 +19,13 @@ def make_samples(
     *,
     repeats: int = 1,
     seed: int = 0,
-) -> Iterator[Sample]:
-    """Make the samples of a grid, always the same ones.
+) -> Iterator[tuple[int, Sample]]:
+    """Yield length and sample for every point of a grid, always the same ones.
 
     Args:
         haystack: The text to hide needles in.
         tasks: Names of :data:`hf_dilated.tasks.TASKS`.
-        lengths: Tokens of prompt and answer.
+        lengths: Tokens of prompt and answer, and of what the tokenizer puts in front of every text.
         depths: Where the needle lies; every task has as many samples of a length.
         repeats: Samples of every length and depth.
         seed: Of text, words and numbers.
@@ -50,6 +33,7 @@ def make_samples(
     Raises:
         ValueError: If a task is unknown.
     """
+    spare = len(haystack.tokenizer("").input_ids) + SPARE_TOKENS
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {task!r}")
@@ -57,12 +41,12 @@ def make_samples(
             for depth in depths:
                 for repeat in range(repeats):
                     random = Random(f"{seed} {task} {length} {depth} {repeat}")
-                    yield TASKS[task](haystack, length, random, depth)
+                    yield length, TASKS[task](haystack, length - spare, random, depth)
 
 
 @torch.no_grad()
-def retrieve(model: Any, tokenizer: Any, sample: Sample) -> Retrieval:
-    """Let a model answer greedily, with its cache, and score what it writes.
+def retrieve(model: Any, tokenizer: Any, sample: Sample) -> float:
+    """Let a model answer greedily, with its cache; return the share of the answers that it finds.
 
     Args:
         model: A causal language model of Transformers.
@@ -83,5 +67,4 @@ def retrieve(model: Any, tokenizer: Any, sample: Sample) -> Retrieval:
         pad_token_id=end,
     )
     answer = tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
-    tokens = len(sample.prompt) + len(sample.completion)
-    return Retrieval(task=sample.task, tokens=tokens, depth=sample.depth, score=sample.score(answer))
+    return sample.score(answer)

@@ -169,7 +169,15 @@ def _perplexity(model: Any, tokenizer: Any, texts: list[Tensor], haystack: Hayst
 
 def _retrieval(model: Any, tokenizer: Any, texts: list[Tensor], haystack: Haystack, plan: Evaluation) -> list[dict]:
     samples = make_samples(haystack, plan.tasks, plan.lengths, plan.depths, repeats=plan.repeats, seed=plan.seed)
-    return [asdict(retrieve(model, tokenizer, sample)) for sample in samples]
+    return [
+        {
+            "task": sample.task,
+            "tokens": length,
+            "depth": sample.depth,
+            "score": retrieve(model, tokenizer, sample),
+        }
+        for length, sample in samples
+    ]
 
 
 def _short(model: Any, tokenizer: Any, texts: list[Tensor], haystack: Haystack, plan: Evaluation) -> list[dict]:

@@ -36,7 +36,9 @@ def stream_texts(source: str, *, files: str = "**/*", split: str = "train", **op
     return load_dataset(builder, data_files=[str(file) for file in found], split="train", streaming=True, **options)
 
 
-def tokenized(texts: Any, tokenizer: Any, *, column: str = "text", seed: int = 0) -> Callable[[int], Iterator[list[int]]]:
+def tokenized(
+    texts: Any, tokenizer: Any, *, column: str = "text", seed: int = 0
+) -> Callable[[int], Iterator[list[int]]]:
     """Return the documents of an epoch in tokens, in another order each time, for ``PackedRows``.
 
     A document ends with the tokenizer's end-of-text token, and begins as the tokenizer lets texts begin.

@@ -25,8 +25,10 @@ def long_lora(model: nn.Module, *, rank: int = 8, alpha: int | None = None, drop
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
         >>> config = long_lora(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)))
-        >>> sorted(config.target_modules), sorted(config.modules_to_save)
-        (['k_proj', 'o_proj', 'q_proj', 'v_proj'], ['embed_tokens', 'input_layernorm', 'norm', 'post_attention_layernorm'])
+        >>> sorted(config.target_modules)
+        ['k_proj', 'o_proj', 'q_proj', 'v_proj']
+        >>> sorted(config.modules_to_save)
+        ['embed_tokens', 'input_layernorm', 'norm', 'post_attention_layernorm']
     """
     from peft import LoraConfig
 
@@ -53,7 +55,9 @@ def long_lora(model: nn.Module, *, rank: int = 8, alpha: int | None = None, drop
 
 def _in_attention(model: nn.Module, name: str) -> bool:
     parents = name.split(".")[:-1]
-    return any("Attention" in type(model.get_submodule(".".join(parents[:n]))).__name__ for n in range(1, len(parents) + 1))
+    return any(
+        "Attention" in type(model.get_submodule(".".join(parents[:n]))).__name__ for n in range(1, len(parents) + 1)
+    )
 
 
 def _is_tied(model: Any) -> bool:
