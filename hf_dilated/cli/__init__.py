@@ -8,8 +8,8 @@ import hf_dilated
 from hf_dilated.cli.console import console
 from hf_dilated.cli.evaluate import evaluate
 from hf_dilated.cli.info import info
-from hf_dilated.cli.patch import patch, unpatch
 from hf_dilated.cli.lm_eval import lm_eval
+from hf_dilated.cli.patch import patch, unpatch
 
 app = typer.Typer(help="Long-context attention for the Transformers models you already have.", no_args_is_help=True)
 

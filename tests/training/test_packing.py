@@ -37,9 +37,7 @@ def test_every_token_once_and_in_order(lengths: list[int], length: int, rows: in
     documents = numbered(lengths)
     whole = set(chain.from_iterable(zip(part, part[1:], strict=False) for part in documents))
     packed = list(
-        PackedRows(
-            lambda epoch: documents, length=length, rows=rows, curriculum=LengthCurriculum(((longest, 1.0),))
-        )
+        PackedRows(lambda epoch: documents, length=length, rows=rows, curriculum=LengthCurriculum(((longest, 1.0),)))
     )
     assert len(packed) == rows
     tokens = chain.from_iterable(row["input_ids"].tolist() for row in packed)
