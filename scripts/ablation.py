@@ -19,9 +19,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from evaluate import CHARACTERS_PER_TOKEN, joined
 from train_base import is_held_out, read_library
 from train_long_context import HAYSTACK_CHARACTERS, ModelArguments, load_model, make_rows, make_trainer
+from training.library import CHARACTERS_PER_TOKEN, joined
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import logging
 

@@ -1,0 +1,1 @@
+"""Parts of the scripts that tune and evaluate."""
