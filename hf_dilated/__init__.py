@@ -11,15 +11,23 @@ from hf_dilated.config import (
     block_mask_of,
 )
 from hf_dilated.distributed import SequenceLayout, ring_attention
+from hf_dilated.factory import (
+    create_block_sparse_attention,
+    create_dilated_attention,
+    create_multihead_dilated_attention,
+)
 from hf_dilated.functional import block_sparse_attention, dilated_attention
+from hf_dilated.integration.memory import model_memory
 from hf_dilated.integration.registration import register
-from hf_dilated.memory import MemoryPolicy, MemoryPool, auto_configure_memory_pool
+from hf_dilated.memory import AttentionBufferManager, BufferType, MemoryPolicy, MemoryPool, auto_configure_memory_pool
 from hf_dilated.patching import PatchError, patch_checkpoint, patch_model, unpatch_checkpoint, unpatch_model
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttentionBufferManager",
     "BlockParts",
     "BlockSparseConfig",
+    "BufferType",
     "ConfigError",
     "DilatedConfig",
     "MemoryConfig",
@@ -32,7 +40,11 @@ __all__ = [
     "auto_configure_memory_pool",
     "block_mask_of",
     "block_sparse_attention",
+    "create_block_sparse_attention",
+    "create_dilated_attention",
+    "create_multihead_dilated_attention",
     "dilated_attention",
+    "model_memory",
     "patch_checkpoint",
     "patch_model",
     "ring_attention",

@@ -26,6 +26,7 @@ def dilated_attention(
     key_positions: Tensor | None = None,
     layer: int = 0,
     return_lse: bool = False,
+    memory: str = "",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dilated attention (LongNet, arXiv:2307.02486) along the branches of a configuration.
 
@@ -46,6 +47,7 @@ def dilated_attention(
             not written yet. Replaces ``attention_mask`` and ``position_ids``.
         layer: Ordinal among the layers that run the pattern; ``phase`` and ``rotate`` depend on it.
         return_lse: Also return the log-sum-exp, which is not differentiable.
+        memory: Where large tensors come from: the ``spec`` of a :class:`hf_dilated.MemoryPolicy`; by default torch.
 
     Returns:
         Output (B, H, N, Dv) and, if asked for, LSE (B, H, N) in float32 (float64 for float64 input).
@@ -63,7 +65,7 @@ def dilated_attention(
     positions = _positions(query, key, attention_mask, position_ids, key_positions)
     return attend(
         query, key, value, DilatedPattern(config=config, layer=layer),
-        is_causal=is_causal, scale=scale, key_positions=positions, return_lse=return_lse,
+        is_causal=is_causal, scale=scale, key_positions=positions, return_lse=return_lse, memory=memory,
     )  # fmt: skip
 
 
@@ -80,6 +82,7 @@ def block_sparse_attention(
     key_positions: Tensor | None = None,
     layer: int = 0,
     return_lse: bool = False,
+    memory: str = "",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Block-sparse attention: one softmax over the blocks that the parts of a configuration show.
 
@@ -97,7 +100,7 @@ def block_sparse_attention(
     positions = _positions(query, key, attention_mask, position_ids, key_positions)
     return attend(
         query, key, value, BlockSparsePattern(config=config, layer=layer),
-        is_causal=is_causal, scale=scale, key_positions=positions, return_lse=return_lse,
+        is_causal=is_causal, scale=scale, key_positions=positions, return_lse=return_lse, memory=memory,
     )  # fmt: skip
 
 
@@ -112,6 +115,7 @@ def attend(
     key_positions: Tensor | None = None,
     sink_logits: Tensor | None = None,
     return_lse: bool = False,
+    memory: str = "",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention along any pattern; arguments as in :func:`dilated_attention`.
 
@@ -138,7 +142,7 @@ def attend(
     if query.shape[2] == 1 and is_causal and query.device.type != "cpu" and not needs_gradient:
         output, lse = op.decode(query, key, value, key_positions, sink_logits, pattern.spec, scale)
         return (output, lse) if return_lse else output
-    output, lse = op.attend(query, key, value, key_positions, sink_logits, pattern.spec, is_causal, scale)
+    output, lse = op.attend(query, key, value, key_positions, sink_logits, pattern.spec, is_causal, scale, memory)
     return (output, lse.detach()) if return_lse else output
 
 

@@ -56,6 +56,8 @@ def _show(result: ModelReport) -> None:
         f"[bold]{result.model}[/], {result.heads} query heads, {result.kv_heads} key-value heads, attends {direction}"
     )
     console.print(_layer_table(result))
+    for (mode, why), numbers in _memory(result.layers).items():
+        console.print(f"memory of layers {_ranges(numbers)}: [bold]{mode}[/], {why}")
     for name in result.unseen:
         console.print(f"not reached by this report: {escape(name)}")
     if any(layer.kind == "pattern" for layer in result.layers):
@@ -76,13 +78,26 @@ def _layer_table(result: ModelReport) -> Table:
     return table
 
 
+def _memory(layers: tuple[LayerReport, ...]) -> dict[tuple[str, str], list[int]]:
+    """Gather layers whose memory comes from the same pool for the same reason."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for layer in layers:
+        if layer.memory is not None:
+            groups.setdefault((layer.memory.mode, layer.memory.reason), []).append(_number(layer))
+    return groups
+
+
+def _number(layer: LayerReport) -> int:
+    number = re.search(r"\d+", layer.name)
+    return int(number[0]) if number else 0
+
+
 def _grouped(layers: tuple[LayerReport, ...]) -> list[tuple[tuple[str, str, str], list[int]]]:
     """Gather layers that do the same, in the order of their first."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for layer in layers:
         module = re.sub(r"\d+", "*", layer.name, count=1)
-        number = re.search(r"\d+", layer.name)
-        groups.setdefault((module, layer.kind, layer.why), []).append(int(number[0]) if number else 0)
+        groups.setdefault((module, layer.kind, layer.why), []).append(_number(layer))
     return list(groups.items())
 
 

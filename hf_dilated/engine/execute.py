@@ -11,6 +11,7 @@ from hf_dilated.engine import kernels
 from hf_dilated.engine.kernels import Gradients
 from hf_dilated.engine.plan import Call, Plan, Selection
 from hf_dilated.engine.streamed import StreamedGradient, StreamedOutput
+from hf_dilated.memory import buffers
 
 try:
     from hf_dilated.engine.fused import FusedGradient, FusedOutput, gather
@@ -127,7 +128,7 @@ def _take(call: Call, selection: Selection, *tensors: Tensor) -> list[Tensor]:
     if selection.view is not None:
         return [selection.view.of(x).flatten(0, 1).transpose(1, 2) for x in tensors]
     if not runs_fused(tensors[0]) or tensors[0].ndim < 4:
-        gathered = [x[selection.index(x.device)] for x in tensors]
+        gathered = [buffers.gathered(x, selection.index(x.device)) for x in tensors]
     elif len({x.shape[3] for x in tensors}) == 1:
         gathered = list(gather(selection, *tensors))
     else:  # values of another size

@@ -16,6 +16,7 @@ from hf_dilated.engine import decode as decoding
 from hf_dilated.engine import execute, kernels
 from hf_dilated.engine.plan import Plan, make_plan
 from hf_dilated.engine.streamed import wide
+from hf_dilated.memory import BufferType, buffers
 from hf_dilated.patterns.documents import Documents, Layout, layout_from_positions
 
 
@@ -29,11 +30,12 @@ def attend(
     pattern: str,
     is_causal: bool,
     scale: float,
+    memory: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Attend along a pattern: output (B, H, N, Dv) and LSE (B, H, N)."""
+    """Attend along a pattern: output (B, H, N, Dv) and LSE (B, H, N); ``memory`` says where from to allocate."""
     query, key, value = _with_rows(query, key, value)
     batch = _Batch(query, key, key_positions, pattern, is_causal)
-    with torch.cuda.device_of(query):  # Triton launches on the current device
+    with torch.cuda.device_of(query), buffers.using(memory):  # Triton launches on the current device
         q, k, v = batch.query(query), batch.key(key), batch.key(value)
         output, lse = execute.forward(batch.plan(q, k, v), q, k, v, scale)
         output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf).contiguous()
@@ -41,7 +43,7 @@ def attend(
 
 
 @attend.register_fake
-def _(query, key, value, key_positions, sink_logits, pattern, is_causal, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, key_positions, sink_logits, pattern, is_causal, scale, memory=""):  # type: ignore[no-untyped-def]
     B, H, N, _ = query.shape
     output = query.new_empty((B, N, H, value.shape[3])).transpose(1, 2)
     return output, query.new_empty((B, H, N), dtype=wide(query.dtype))
@@ -82,11 +84,12 @@ def attend_backward(
     pattern: str,
     is_causal: bool,
     scale: float,
+    memory: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend` by query, key and value."""
     grad, query, key, value = _with_rows(grad, query, key, value)
     batch = _Batch(query, key, key_positions, pattern, is_causal)
-    with torch.cuda.device_of(query):
+    with torch.cuda.device_of(query), buffers.using(memory):
         q, k, v = batch.query(query), batch.key(key), batch.key(value)
         grads = execute.backward(
             batch.plan(q, k, v), batch.query(grad), q, k, v, batch.query(output), batch.query(lse), scale
@@ -95,20 +98,20 @@ def attend_backward(
 
 
 @attend_backward.register_fake
-def _(grad, query, key, value, output, lse, key_positions, pattern, is_causal, scale):  # type: ignore[no-untyped-def]
+def _(grad, query, key, value, output, lse, key_positions, pattern, is_causal, scale, memory=""):  # type: ignore[no-untyped-def]
     return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, key_positions, sink_logits, ctx.pattern, ctx.is_causal, ctx.scale = inputs
+    query, key, value, key_positions, sink_logits, *ctx.options = inputs
     ctx.save_for_backward(query, key, value, key_positions, sink_logits, *output)
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     query, key, value, key_positions, sink_logits, output, lse = ctx.saved_tensors
-    grads = attend_backward(grad, query, key, value, output, lse, key_positions, ctx.pattern, ctx.is_causal, ctx.scale)
+    grads = attend_backward(grad, query, key, value, output, lse, key_positions, *ctx.options)
     grad_sink = None if sink_logits is None else sink_gradient(sink_logits, grad, output, lse)
-    return *grads, None, grad_sink, None, None, None
+    return *grads, None, grad_sink, None, None, None, None
 
 
 attend.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -180,12 +183,13 @@ def _bring_together(x: Tensor, index: Any) -> Tensor:
     if index is None:
         return x
     row, slot = (torch.from_numpy(i).to(x.device) for i in divmod(index, x.shape[2]))
-    return x.transpose(1, 2)[row, slot].transpose(0, 1).unsqueeze(0)
+    return buffers.gathered(x.transpose(1, 2), (row, slot)).transpose(0, 1).unsqueeze(0)
 
 
 def _spread(x: Tensor, index: Any, rows: int, length: int, padding: float) -> Tensor:
     if index is None:
         return x
-    spread = x.new_full((rows * length, x.shape[1], *x.shape[3:]), padding)
+    shape = (rows * length, x.shape[1], *x.shape[3:])
+    spread = buffers.full(BufferType.OUTPUT, shape, padding, x.dtype, x.device)
     spread[torch.from_numpy(index).to(x.device)] = x[0].transpose(0, 1)
     return spread.unflatten(0, (rows, length)).transpose(1, 2)

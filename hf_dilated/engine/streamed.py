@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_dilated.engine.plan import Selection
+from hf_dilated.memory import BufferType, buffers
 
 
 class StreamedOutput:
@@ -15,8 +16,9 @@ class StreamedOutput:
     def __init__(self, query: Tensor, value_size: int, dtype: torch.dtype | None = None) -> None:
         B, H, N, _ = query.shape
         self.dtype = query.dtype
-        self.output = query.new_zeros((B, N, H, value_size), dtype=dtype or wide(query.dtype)).transpose(1, 2)
-        self.lse = query.new_full((B, H, N), -math.inf, dtype=wide(query.dtype))
+        dtype, device = dtype or wide(query.dtype), query.device
+        self.output = buffers.full(BufferType.OUTPUT, (B, N, H, value_size), 0.0, dtype, device).transpose(1, 2)
+        self.lse = buffers.full(BufferType.OUTPUT, (B, H, N), -math.inf, wide(query.dtype), device)
 
     def add(self, selection: Selection, part: Tensor, part_lse: Tensor, is_first: bool) -> None:
         """Take a part (n, h, L, D) with LSE (n, h, L), or (T, h, D) with (T, h)."""
@@ -35,7 +37,7 @@ class StreamedOutput:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return what was merged."""
-        return self.output.to(self.dtype), self.lse
+        return buffers.converted(BufferType.OUTPUT, self.output, self.dtype), self.lse
 
 
 class StreamedGradient:
@@ -44,7 +46,8 @@ class StreamedGradient:
     def __init__(self, like: Tensor, dtype: torch.dtype | None = None) -> None:
         self.dtype = like.dtype
         B, H, N, D = like.shape
-        self.total = like.new_zeros((B, N, H, D), dtype=dtype or wide(like.dtype)).transpose(1, 2)
+        dtype = dtype or wide(like.dtype)
+        self.total = buffers.full(BufferType.OUTPUT, (B, N, H, D), 0.0, dtype, like.device).transpose(1, 2)
 
     @staticmethod
     def add(selection: Selection, totals: Sequence["StreamedGradient"], parts: Sequence[Tensor]) -> None:
@@ -62,7 +65,7 @@ class StreamedGradient:
 
     def result(self) -> Tensor:
         """Return the sum."""
-        return self.total.to(self.dtype)
+        return buffers.converted(BufferType.OUTPUT, self.total, self.dtype)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -76,7 +79,9 @@ def packed(part: Tensor, batched_ndim: int) -> Tensor:
 
 
 def _read(selection: Selection, total: Tensor) -> Tensor:
-    return total[selection.index(total.device)] if selection.view is None else selection.view.of(total)
+    if selection.view is not None:
+        return selection.view.of(total)
+    return buffers.gathered(total, selection.index(total.device))
 
 
 def _write(selection: Selection, total: Tensor, part: Tensor) -> None:

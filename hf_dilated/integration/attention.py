@@ -13,6 +13,7 @@ from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.documents import check_gaps, shared_positions
 from hf_dilated.integration.layers import module_pattern
 from hf_dilated.integration.masks import FORMS
+from hf_dilated.integration.memory import module_memory
 from hf_dilated.integration.packing import BOUNDARIES, WITHOUT_CHECK, check_boundaries
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.patterns import DilatedPattern, Pattern
@@ -108,6 +109,7 @@ def attention_forward(
         scale=scaling,
         key_positions=key_positions,
         sink_logits=s_aux,
+        memory=module_memory(module),
     )
     assert isinstance(output, Tensor)  # the log-sum-exp was not asked for
     return output.transpose(1, 2).contiguous(), None

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hf_dilated.config import ConfigError, StoredConfig
+from hf_dilated.config import ConfigError, MemoryConfig, StoredConfig
 from hf_dilated.integration.backends import BACKENDS, Backend
 from hf_dilated.integration.layers import backend_config
 
@@ -29,7 +29,8 @@ class StoredField:
 
     It takes the configuration of a backend, a ``StoredConfig`` or the dictionary of either, checks it, and reads back
     as the plain dictionary that is saved, or None. Of a multimodal configuration it is the text part's. A backend named
-    in it is selected unless the caller has named one; a pattern alone stands for its own backend.
+    in it is selected unless the caller has named one; a pattern alone stands for its own backend,
+    and a ``MemoryConfig`` joins what is there.
 
     Example:
         >>> from hf_dilated import DilatedConfig
@@ -104,6 +105,8 @@ def _parse(value: Any, current: StoredConfig) -> StoredConfig:
         stored = value
     elif any(isinstance(value, backend.config_class) for backend in BACKENDS.values()):
         stored = _with_pattern(value, current)
+    elif isinstance(value, MemoryConfig):
+        stored = dataclasses.replace(current, memory=value)
     elif isinstance(value, Mapping) and PATTERN_KEYS & set(value) and not STORED_KEYS & set(value):
         stored = _with_pattern(_closest(set(value)).from_dict(value), current)
     else:

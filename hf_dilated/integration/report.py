@@ -17,8 +17,10 @@ from hf_dilated.config import ConfigError
 from hf_dilated.integration.attention import attention_function, causality
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.layers import backend_config, layer_pattern
+from hf_dilated.integration.memory import module_policy
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.support import UnsupportedError, check_model
+from hf_dilated.memory import MemoryPolicy
 from hf_dilated.patterns import BlockSparsePattern, DensePattern, DilatedPattern, Pattern
 
 Kind = Literal["pattern", "dense", "windowed", "own attention", "refused"]
@@ -39,12 +41,14 @@ class LayerReport:
             ``"refused"`` raises when the model runs.
         why: The reason, in words.
         ordinal: Place among the layers that run the pattern, where phase or rotation make that matter.
+        memory: Where its large tensors come from, and why; None if this package does not allocate them.
     """
 
     name: str
     kind: Kind
     why: str
     ordinal: int = 0
+    memory: MemoryPolicy | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,12 +285,15 @@ def _classify(call: _Call, backend: str) -> LayerReport:
     if call.error is not None:
         return LayerReport(name=call.name, kind="refused", why=str(call.error))
     pattern = layer_pattern(call.module.config, getattr(call.module, "layer_idx", None), call.sliding_window, backend)
-    if isinstance(pattern, DensePattern):
-        if pattern.window is not None:
-            why = f"the model's own window of {pattern.window} tokens"
-            return LayerReport(name=call.name, kind="windowed", why=why)
-        return LayerReport(name=call.name, kind="dense", why="in dense_layers")
-    return LayerReport(name=call.name, kind="pattern", why=_why(pattern), ordinal=getattr(pattern, "layer", 0))
+    kind: Kind
+    if not isinstance(pattern, DensePattern):
+        kind, why = "pattern", _why(pattern)
+    elif pattern.window is not None:
+        kind, why = "windowed", f"the model's own window of {pattern.window} tokens"
+    else:
+        kind, why = "dense", "in dense_layers"
+    memory, ordinal = module_policy(call.module), getattr(pattern, "layer", 0)
+    return LayerReport(name=call.name, kind=kind, why=why, ordinal=ordinal, memory=memory)
 
 
 def _why(pattern: Pattern) -> str:

@@ -36,6 +36,7 @@ class MemoryPolicy:
         huge_pages: Whether the kernel is asked for huge pages.
         numa: Whether memory is placed by NUMA nodes.
         cuda: Whether buffers on CUDA devices are pooled too.
+        plan: Buffers, in bytes, that are allocated before the first.
     """
 
     mode: MemoryMode = "disabled"
@@ -46,6 +47,7 @@ class MemoryPolicy:
     huge_pages: bool = False
     numa: bool = False
     cuda: bool = False
+    plan: tuple[int, ...] = ()
 
     @property
     def spec(self) -> str:
@@ -66,7 +68,10 @@ class MemoryPolicy:
             >>> MemoryPolicy.parse(policy.spec) == policy
             True
         """
-        return cls(**json.loads(spec)) if spec else cls()
+        if not spec:
+            return cls()
+        values = json.loads(spec)
+        return cls(**values | {"plan": tuple(values["plan"])})
 
 
 def auto_configure_memory_pool(
@@ -98,19 +103,21 @@ def auto_configure_memory_pool(
         >>> auto_configure_memory_pool(2048, mode="full").reason
         'set by the user'
     """
+    from hf_dilated.memory.profile import measured_thresholds
+
     settings = MemoryConfig.from_dict({"mode": mode, **overrides})
-    return resolve(settings, max_seq_len, attention_type, thresholds)
+    return resolve(settings, max_seq_len, attention_type, thresholds or measured_thresholds())
 
 
 def resolve(
     settings: MemoryConfig,
     max_seq_len: int,
     attention_type: str,
-    thresholds: Thresholds | None = None,
+    thresholds: Thresholds,
+    plan: tuple[int, ...] = (),
     machine: System | None = None,
 ) -> MemoryPolicy:
     """Fill in what the user left open."""
-    thresholds = thresholds or Thresholds()
     machine = machine or system()
     chosen, reason = _mode(max_seq_len, attention_type, thresholds)
     if settings.mode is not None:
@@ -123,7 +130,7 @@ def resolve(
         "cuda": False,
     }
     given = {name: value for name, value in settings.to_dict().items() if name != "mode"}
-    return MemoryPolicy(mode=chosen, reason=reason, attention_type=attention_type, **automatic | given)
+    return MemoryPolicy(mode=chosen, reason=reason, attention_type=attention_type, plan=plan, **automatic | given)
 
 
 def _mode(length: int, attention_type: str, thresholds: Thresholds) -> tuple[MemoryMode, str]:

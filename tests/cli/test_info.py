@@ -44,6 +44,7 @@ def test_info_on_a_stored_pattern(tmp_path: Path) -> None:
     assert "LlamaModel, 4 query heads, 2 key-value heads, attends causal" in lines
     assert "0-1, 4-5 layers.*.self_attn pattern attends to whole documents" in lines
     assert "2-3 layers.*.self_attn dense in dense_layers" in lines
+    assert "memory of layers 0-5: disabled, 256 tokens, pooled from 4,096" in lines
     assert "pattern given or stored in config.json" in lines
     assert "mean keys per query at 132 tokens" in lines
     assert any(line.startswith("sinks 4 ") for line in lines)

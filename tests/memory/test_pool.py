@@ -233,6 +233,44 @@ def test_a_burst_is_forgotten(pool: MemoryPool) -> None:
     assert pool.stats()["bytes_cached"] < 64 * MIB
 
 
+def step(pool: MemoryPool, length: int) -> None:
+    """What a training step of two layers takes: outputs live until backward, scratch comes and goes (untouched)."""
+    saved = []
+    for _ in range(2):
+        output, lse = pool.empty((length, 512)), pool.empty((length, 8))
+        for part in (4, 8):
+            pool.empty((length // part, 512))
+        saved.append((output, lse, pool.empty((length, 512), torch.bfloat16)))
+    while saved:
+        grads = [pool.empty((length, 512)) for _ in range(3)]
+        pool.empty((length // 4, 512))
+        converted = [pool.empty((length, 512), torch.bfloat16) for _ in grads]
+        saved.pop()
+        del grads, converted
+
+
+@pytest.mark.parametrize(
+    ("mode", "varies", "hit_rate"),
+    [("lightweight", False, 0.95), ("full", False, 0.95), ("lightweight", True, 0.4), ("full", True, 0.8)],
+)
+def test_a_thousand_steps(mode: str, varies: bool, hit_rate: float) -> None:
+    """No growth, little fragmentation; many hits, too, unless lengths vary and blocks cannot be split."""
+    pool = MemoryPool(mode)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2048, 16384, (1000,), generator=generator).tolist() if varies else [8192] * 1000
+    held = []
+    for number, length in enumerate(lengths):
+        step(pool, length)
+        stats = pool.stats()
+        held.append(stats["bytes_cached"])
+        if number == 99:
+            pool.clear_counts()
+    assert stats["bytes_live"] == 0
+    assert max(held[100:]) <= max(held[:100]) * 1.1
+    assert stats["fragmentation"] < 0.1
+    assert stats["hit_rate"] >= hit_rate
+
+
 def test_eviction_prefers_what_is_old_rare_and_large() -> None:
     usage = Usage()
     for _ in range(20):

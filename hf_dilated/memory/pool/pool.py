@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from hf_dilated.memory.pool.arena import Arena
 from hf_dilated.memory.pool.buckets import Buckets
 from hf_dilated.memory.pool.eviction import Usage
 from hf_dilated.memory.pool.statistics import Counters, Need
+from hf_dilated.memory.recording import Recording
 from hf_dilated.memory.system import System, system
 
 HEADROOM = 8  # at most an eighth more is held than was needed at once of late
@@ -122,7 +123,7 @@ class MemoryPool:
         self._owner: int | None = None
         self._leases: set[_Lease] = set()
         self._returned: deque[_Lease] = deque()
-        self._observers: tuple[Callable[[str, int], None], ...] = ()
+        self.recording: Recording | None = None
         self._looked = -math.inf
         self.evictions = 0
         self._live = self._peak = 0
@@ -158,6 +159,7 @@ class MemoryPool:
         return tensor
 
     def _lease(self, size: int, kind: str, lasting: bool) -> memoryview:
+        recording = self.recording
         with self._lock:
             self._owner = threading.get_ident()
             try:
@@ -165,7 +167,7 @@ class MemoryPool:
                 block, fresh = self._store.take(size, lasting=lasting)
                 try:
                     view = block.view(size)
-                    lease = _Lease(view, self._returned.append)
+                    lease = _Lease(view, self._returned.append if recording is None else self._record_return)
                 except BaseException:
                     self._store.give(block)
                     raise
@@ -175,9 +177,14 @@ class MemoryPool:
                     self._shrink(fresh)
             finally:
                 self._owner = None
-        for observe in self._observers:
-            observe(kind, size)
+        if recording is not None:
+            recording.add(kind, size)
         return view
+
+    def _record_return(self, lease: _Lease) -> None:
+        if (recording := self.recording) is not None:
+            recording.add(lease.kind, -lease.size)
+        self._returned.append(lease)
 
     def _took(self, lease: _Lease, *, hit: bool) -> bool:
         """Count it; return whether a window of requests is over."""
@@ -217,6 +224,11 @@ class MemoryPool:
         self.evictions += count
         return released
 
+    def preallocate(self, plan: Sequence[int]) -> None:
+        """Take, touch and return tensors of these sizes in bytes, so that a run finds its memory there."""
+        tensors = [self.empty((size,), torch.uint8, kind="plan").zero_() for size in plan]
+        del tensors
+
     def trim(self, wanted: int | None = None) -> int:
         """Give unused memory back to the system, the least valuable first.
 
@@ -237,6 +249,10 @@ class MemoryPool:
     def clear(self) -> None:
         """Give back all that is unused and start counting anew; tensors that live are not touched."""
         self.trim()
+        self.clear_counts()
+
+    def clear_counts(self) -> None:
+        """Start counting anew."""
         with self._lock:
             self.evictions = 0
             self._peak = self._store.held
