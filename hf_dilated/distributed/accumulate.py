@@ -10,10 +10,17 @@ from hf_dilated.distributed.transports import Transport
 from hf_dilated.engine import execute
 from hf_dilated.engine.op import sink_gradient, with_sink
 from hf_dilated.engine.streamed import wide
+from hf_dilated.memory import buffers
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | None, start: Callable[[], Transport], scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | None,
+    start: Callable[[], Transport],
+    scale: float,
+    memory: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Attend to what a transport brings; parts are merged and gradients added in float32 (float64 for float64).
 
@@ -24,11 +31,12 @@ def attend(
         sink_logits: (H,) logits without a value, or None.
         start: Begins the transport, once for the forward and once for the backward pass.
         scale: Factor of the scores.
+        memory: Where from to allocate, as in :func:`hf_dilated.dilated_attention`.
 
     Returns:
         Output (T, H, Dv) and LSE (H, T), which is not differentiable.
     """
-    return _Attend.apply(query, key, value, sink_logits, start, scale)
+    return _Attend.apply(query, key, value, sink_logits, start, scale, memory)
 
 
 class _Attend(torch.autograd.Function):
@@ -41,16 +49,17 @@ class _Attend(torch.autograd.Function):
         sink_logits: Tensor | None,
         start: Callable[[], Transport],
         scale: float,
+        memory: str,
     ) -> tuple[Tensor, Tensor]:
         q = _heads_first(query)
-        with torch.cuda.device_of(query):
+        with torch.cuda.device_of(query), buffers.using(memory):
             total = execute.output_total(q, value.shape[2], wide(query.dtype))
             for part in start().portions(key, value):
                 execute.add_forward(total, part.plan, q, _heads_first(part.key), _heads_first(part.value), scale)
             merged, lse = total.result()
             output, lse = with_sink(merged, lse, sink_logits)
         ctx.save_for_backward(query, key, value, sink_logits, output, lse)
-        ctx.start, ctx.scale = start, scale
+        ctx.start, ctx.scale, ctx.memory = start, scale, memory
         ctx.mark_non_differentiable(lse)
         return output[0].transpose(0, 1), lse[0]
 
@@ -59,7 +68,7 @@ class _Attend(torch.autograd.Function):
         query, key, value, sink_logits, output, lse = ctx.saved_tensors
         transport, dtype = ctx.start(), wide(query.dtype)
         grad, q = _heads_first(grad.contiguous()), _heads_first(query)
-        with torch.cuda.device_of(query):
+        with torch.cuda.device_of(query), buffers.using(ctx.memory):
             grad_query = execute.gradient_total(q, dtype)
             own: list[Tensor] = []
             for part in transport.portions(key, value):
@@ -75,7 +84,7 @@ class _Attend(torch.autograd.Function):
                 add(*own)
         grads = [grad_query.result()[0].transpose(0, 1), own[0].to(key.dtype), own[1].to(value.dtype)]
         grad_sink = None if sink_logits is None else sink_gradient(sink_logits, grad, output, lse)
-        return *grads, grad_sink, None, None
+        return *grads, grad_sink, None, None, None
 
 
 def _heads_first(x: Tensor) -> Tensor:

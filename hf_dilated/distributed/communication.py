@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_dilated.memory import BufferType, buffers
+
 # torch 2.13 has renamed it
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -48,7 +50,7 @@ class Wire:
     def gather(self, x: Tensor) -> Arrival:
         """Bring everybody's x (…), equally large, together as (P, …)."""
         sent = x.contiguous()
-        out = sent.new_empty(self.ranks, *sent.shape)
+        out = _buffer(sent, self.ranks, *sent.shape)
         work = _all_gather(_bytes(out), _bytes(sent), group=self.group, async_op=True)
         return Arrival(out, [work], sent)
 
@@ -58,7 +60,7 @@ class Wire:
         Both ends must agree on what travels: ``sends`` is False where the receiver expects nothing.
         """
         sent = x.contiguous()
-        out = sent.new_empty(receives, *sent.shape[1:])
+        out = _buffer(sent, receives, *sent.shape[1:])
         to, from_ = (self.rank + distance) % self.ranks, (self.rank - distance) % self.ranks
         ops = [dist.P2POp(dist.isend, _bytes(sent), group=self.group, group_peer=to)] if sends else []
         if receives:
@@ -68,13 +70,17 @@ class Wire:
     def exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival:
         """Send the first ``send[0]`` rows of x (R, …) to rank 0 and so on; receive ``receive[s]`` rows from rank s."""
         sent = x.contiguous()
-        out = sent.new_empty(sum(receive), *sent.shape[1:])
+        out = _buffer(sent, sum(receive), *sent.shape[1:])
         row = sent.element_size() * (sent[0].numel() if len(sent) else out[0].numel() if len(out) else 0)
         work = dist.all_to_all_single(
             _bytes(out), _bytes(sent), [n * row for n in receive], [n * row for n in send], group=self.group,
             async_op=True,
         )  # fmt: skip
         return Arrival(out, [work], sent)
+
+
+def _buffer(like: Tensor, *shape: int) -> Tensor:
+    return buffers.empty(BufferType.COMM, shape, like.dtype, like.device)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -17,7 +17,14 @@ from hf_dilated.distributed.transports import Here
 
 
 def attend_by_heads(
-    query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | None, problem: Problem, wire: Wire, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | None,
+    problem: Problem,
+    wire: Wire,
+    scale: float,
+    memory: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Attend with tensors (T, heads, D) of this rank's tokens, as :func:`hf_dilated.distributed.accumulate.attend`.
 
@@ -28,7 +35,7 @@ def attend_by_heads(
     table = _Table(wire, problem.tokens, share.index.tensor(query.device))
     own = None if sink_logits is None else sink_logits.unflatten(0, (wire.ranks, -1))[wire.rank]
     q, k, v = (_ToHeads.apply(x, table) for x in (query, key, value))
-    output, lse = attend(q, k, v, own, partial(Here, share.plan), scale)
+    output, lse = attend(q, k, v, own, partial(Here, share.plan), scale, memory)
     return _ToTokens.apply(output, table), table.to_tokens(lse.transpose(0, 1), -math.inf).transpose(0, 1)
 
 

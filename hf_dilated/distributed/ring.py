@@ -36,6 +36,7 @@ def ring_attention(
     sink_logits: Tensor | None = None,
     config: RingConfig | None = None,
     return_lse: bool = False,
+    memory: str = "",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of one rank's queries to the keys of all ranks; forward and backward are collective.
 
@@ -51,6 +52,7 @@ def ring_attention(
         sink_logits: (H,) learned logits that take part in every softmax of their head without a value.
         config: How keys and values travel.
         return_lse: Also return the log-sum-exp, which is not differentiable.
+        memory: Where large tensors come from: the ``spec`` of a :class:`hf_dilated.MemoryPolicy`; by default torch.
 
     Returns:
         Output (B, H, n, Dv), 0 in empty slots, and, if asked for, LSE (B, H, n) in float32 (float64 for float64).
@@ -84,11 +86,11 @@ def ring_attention(
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     q, k, v = (_flat(x) for x in (query, key, value))
     if wire is None or wire.ranks == 1:
-        output, lse = attend(q, k, v, sink_logits, partial(Here, own_plan(problem, 0)), scale)
+        output, lse = attend(q, k, v, sink_logits, partial(Here, own_plan(problem, 0)), scale, memory)
     elif (name := choose_transport(problem, config, k, v)) == "heads":
-        output, lse = attend_by_heads(q, k, v, sink_logits, problem, wire, scale)
+        output, lse = attend_by_heads(q, k, v, sink_logits, problem, wire, scale, memory)
     else:
-        output, lse = attend(q, k, v, sink_logits, partial(TRANSPORTS[name], wire, problem), scale)
+        output, lse = attend(q, k, v, sink_logits, partial(TRANSPORTS[name], wire, problem), scale, memory)
     output = output.view(layout.rows, layout.slots, *output.shape[1:]).transpose(1, 2)
     if not return_lse:
         return output

@@ -41,7 +41,7 @@ class BufferType(StrEnum):
 
 
 Lifetime = Literal["call", "graph", "sequence", "process"]
-Place = Literal["pool", "torch", "persistent"]
+Place = Literal["pool", "torch"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Rule:
 
     Attributes:
         lifetime: ``"call"`` (scratch), ``"graph"`` (until backward has used it, or the caller drops it),
-            ``"sequence"`` (outlives many steps: placed away from what comes and goes) or ``"process"``.
-        place: ``"pool"``, ``"torch"`` (too small or too rare to pool) or ``"persistent"`` (a fixed address).
+            ``"sequence"`` or ``"process"`` (outlives many calls: placed away from what comes and goes).
+        place: ``"pool"`` or ``"torch"`` (too small or too rare to pool).
     """
 
     lifetime: Lifetime
@@ -72,8 +72,8 @@ RULES: dict[BufferType, Rule] = {
 }
 # What differs from these by backend: the first prefix of its name that fits.
 BACKEND_RULES: dict[str, dict[BufferType, Rule]] = {
-    "ring": {BufferType.COMM: Rule("process", "persistent")},
-    "distributed": {BufferType.COMM: Rule("process", "persistent")},
+    "ring": {BufferType.COMM: Rule("process")},
+    "distributed": {BufferType.COMM: Rule("process")},
     "block_sparse": {BufferType.MASK: Rule("sequence")},
 }
 

@@ -25,7 +25,7 @@ def test_ten_kinds_with_a_rule_each() -> None:
 @pytest.mark.parametrize("kind", ["dilated", "ring", "ring_dilated", "block_sparse", "ring_block_sparse"])
 def test_rules_differ_where_backends_do(kind: str) -> None:
     rules = rules_for(kind)
-    assert (rules[BufferType.COMM].place == "persistent") == kind.startswith("ring")
+    assert (rules[BufferType.COMM].lifetime == "process") == kind.startswith("ring")
     assert (rules[BufferType.MASK].lifetime == "sequence") == kind.startswith("block_sparse")
     assert rules[BufferType.CACHE].lifetime == "sequence"
 
