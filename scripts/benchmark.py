@@ -214,7 +214,7 @@ def _start(
 
 
 def _run(run: Run, cases: Sequence[Case], modes: Sequence[str], *, fastest: bool) -> None:
-    _check_parity(run, cases[-1])
+    _check_parity(run, cases[-1], gradients="forward+backward" in modes)
     for case in cases:
         typer.echo(f"{case.length:,} tokens, {run.left():.0f} s left", err=True)
         measure(run, case, modes)
@@ -234,11 +234,11 @@ def _run(run: Run, cases: Sequence[Case], modes: Sequence[str], *, fastest: bool
     )
 
 
-def _check_parity(run: Run, case: Case) -> None:
+def _check_parity(run: Run, case: Case, *, gradients: bool) -> None:
     small = parity.small_case(case)
     typer.echo(f"checking every variant against the oracle at {small.length:,} tokens", err=True)
     choice = replace(run.choice, flex_up_to=max(run.choice.flex_up_to, small.length))
-    wrong, missing = parity.failures(small, variants(small, choice))
+    wrong, missing = parity.failures(small, variants(small, choice), gradients=gradients)
     for line in missing:
         typer.echo(f"not available: {line}", err=True)
     if wrong:

@@ -25,8 +25,8 @@ def small_case(case: Case) -> Case:
     return replace(case, batch=1, length=LENGTH, queries=queries, branches=branches)
 
 
-def failures(case: Case, chosen: Iterable[Variant]) -> tuple[list[str], list[str]]:
-    """Compare outputs and gradients with the oracle.
+def failures(case: Case, chosen: Iterable[Variant], *, gradients: bool = True) -> tuple[list[str], list[str]]:
+    """Compare outputs and, if they are to be timed, gradients with the oracle.
 
     Returns:
         What differs, one line each; and which optional variants are missing here, with the reason.
@@ -35,7 +35,7 @@ def failures(case: Case, chosen: Iterable[Variant]) -> tuple[list[str], list[str
     expected: dict[DilatedConfig, list[Tensor]] = {}
     for variant in chosen:
         pattern = variant.claims or DilatedConfig(segment_lengths=(case.length,), dilation_rates=(1,))
-        backward = case.queries == case.length
+        backward = gradients and case.queries == case.length
         if pattern not in expected:
             release()
             expected[pattern] = _oracle(case, pattern)
