@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import torch
@@ -25,7 +26,7 @@ from training.library import CHARACTERS_PER_TOKEN, joined
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from hf_dilated import DilatedConfig
+from hf_dilated import BlockSparseConfig, DilatedConfig
 from hf_dilated.evaluation.report import Report, Table, short_count
 from hf_dilated.evaluation.suite import DENSE, Evaluation, evaluate
 from hf_dilated.tasks import Haystack
@@ -73,7 +74,13 @@ def variants(setting: Setting) -> dict[str, dict[str, Any]]:
         "dense layer": replace(once, dense_layers=(middle,)),
         "all": replace(once, sink_tokens=4, phase="alternate", dense_layers=(middle,)),
     }
-    return {name: {"attention": "dilated", "pattern": pattern.to_dict()} for name, pattern in patterns.items()}
+    blocks = BlockSparseConfig.from_model_config(config, max_length=setting.max_length)
+    sparse = {"block_sparse": blocks, "block_sparse, dense layer": replace(blocks, dense_layers=(middle,))}
+    return {
+        name: {"attention": backend, "pattern": pattern.to_dict()}
+        for backend, found in (("dilated", patterns), ("block_sparse", sparse))
+        for name, pattern in found.items()
+    }
 
 
 class Sources:
@@ -146,14 +153,14 @@ def tune(model: Any, tokenizer: Any, sources: Sources, setting: Setting, output:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def measure(model: Any, tokenizer: Any, sources: Sources, setting: Setting, name: str) -> Report:
-    """Read and look for pass keys with the variant's attention and with dense attention."""
-    own = model.config.hf_dilated["attn_implementation"]
+def measure(model: Any, tokenizer: Any, sources: Sources, setting: Setting, name: str, *, is_tuned: bool) -> Report:
+    """Read with the variant's attention; once tuned, with dense attention as well, and look for pass keys."""
+    own = DENSE if name == "dense" else model.config.hf_dilated["attn_implementation"]
     plan = Evaluation(
         max_length=setting.max_length,
         trained_length=setting.trained,
-        attentions=(DENSE,) if name == "dense" else (own, DENSE),
-        parts=("perplexity", "retrieval", "short"),
+        attentions=tuple(dict.fromkeys((own, DENSE))) if is_tuned else (own,),
+        parts=("perplexity", "retrieval", "short") if is_tuned else ("perplexity", "short"),
         tasks=("passkey",),
         depths=DEPTHS,
         repeats=setting.repeats,
@@ -164,12 +171,12 @@ def measure(model: Any, tokenizer: Any, sources: Sources, setting: Setting, name
 
 def run(name: str, variant: dict[str, Any], tokenizer: Any, sources: Sources, setting: Setting, output: Path) -> dict:
     """Measure a variant before and after tuning; save the tuned model, and return its row."""
-    before = measure(load(setting, variant), tokenizer, sources, setting, name)
+    before = measure(load(setting, variant), tokenizer, sources, setting, name, is_tuned=False)
     model = load(setting, variant)
     started = time.perf_counter()
     log = tune(model, tokenizer, sources, setting, output / name)
     seconds = time.perf_counter() - started
-    after = measure(model, tokenizer, sources, setting, name)
+    after = measure(model, tokenizer, sources, setting, name, is_tuned=True)
     model.save_pretrained(output / name)
     tokenizer.save_pretrained(output / name)
     return {
@@ -185,21 +192,25 @@ def run(name: str, variant: dict[str, Any], tokenizer: Any, sources: Sources, se
 
 def summary(rows: list[dict[str, Any]]) -> Table:
     """Return a line for every variant, way of reading, and time before or after tuning."""
-    lines = []
-    for row in rows:
-        for when in ("before", "after"):
-            report = row[when]
-            for attention in dict.fromkeys(found["attention"] for found in report["perplexity"]):
-                last = [found for found in report["perplexity"] if found["attention"] == attention][-1]
-                keys: dict[int, list[float]] = {}
-                for found in report["retrieval"]:
-                    if found["attention"] == attention:
-                        keys.setdefault(found["tokens"], []).append(found["score"])
-                found_keys = ", ".join(f"{short_count(n)} {sum(s) / len(s):.0%}" for n, s in sorted(keys.items()))
-                seconds = f"{row['training_seconds']:.0f}" if when == "after" else "–"
-                lines.append([row["variant"], when, attention, f"{last['perplexity']:.3f}", found_keys, seconds])
-    header = ["variant", "tuning", "read with", "perplexity at the end", "pass keys found", "seconds to tune"]
-    return Table("Variants", header, lines)
+    header = ["variant", "tuning", "read with", "perplexity at the end", "short texts", "pass keys found", "tuned in"]
+    return Table(
+        "Variants", header, [line for row in rows for when in ("before", "after") for line in _lines(row, when)]
+    )
+
+
+def _lines(row: dict[str, Any], when: str) -> Iterator[list[str]]:
+    report = row[when]
+    seconds = f"{row['training_seconds']:.0f} s" if when == "after" else "–"
+    last = {found["attention"]: found["perplexity"] for found in report["perplexity"]}
+    short = {found["attention"]: found["perplexity"] for found in report["short"]}
+    for attention, perplexity in last.items():
+        keys: dict[int, list[float]] = {}
+        for found in report["retrieval"]:
+            if found["attention"] == attention:
+                keys.setdefault(found["tokens"], []).append(found["score"])
+        share = ", ".join(f"{short_count(n)} {mean(scores):.0%}" for n, scores in sorted(keys.items()))
+        short_texts = f"{short[attention]:.3f}" if attention in short else "–"
+        yield [row["variant"], when, attention, f"{perplexity:.3f}", short_texts, share or "–", seconds]
 
 
 def main(

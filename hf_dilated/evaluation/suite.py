@@ -146,7 +146,7 @@ def steps(plan: Evaluation) -> int:
 
 
 def _reads_windows(plan: Evaluation) -> bool:
-    return "perplexity" in plan.parts and plan.max_length > plan.trained_length
+    return DENSE in plan.attentions and "perplexity" in plan.parts and plan.max_length > plan.trained_length
 
 
 def environment(model: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ from hf_dilated.tasks import Haystack
 from tests.tiny_checkpoint import TEXT, save_tiny_checkpoint, tokenizer
 
 PATTERN = DilatedConfig(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4))
-PLAN = Evaluation(max_length=256, trained_length=64, tasks=("passkey", "common_words"), depths=(0.0, 1.0))
+PLAN = Evaluation(max_length=256, trained_length=64, tasks=("passkey",), depths=(0.0, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_short_texts_are_read_as_the_dense_model_does(report: Report) -> None:
 def test_every_sample_and_every_length(report: Report) -> None:
     for name in ("dense", "dilated"):
         retrieval = rows(report, "retrieval", name)
-        assert len(retrieval) == 2 * 3 * 2
+        assert len(retrieval) == 3 * 2
         assert all(0 <= row["score"] <= 1 for row in retrieval)
         costs = rows(report, "cost", name)
         assert [row["tokens"] for row in costs] == PLAN.lengths == [64, 128, 256]
@@ -87,7 +87,7 @@ def test_json_tables_and_pictures(report: Report, tmp_path: Path) -> None:
     perplexity, retrieval, short, cost = report.tables()
     assert perplexity.header == ["attention", "0–32", "32–64", "64–128", "128–256"]
     assert [line[0] for line in perplexity.rows] == ["dense", "dilated", "dense, windows of 64"]
-    assert [line[:2] for line in retrieval.rows][:2] == [["passkey", "dense"], ["passkey", "dilated"]]
+    assert [line[:2] for line in retrieval.rows] == [["passkey", "dense"], ["passkey", "dilated"]]
     assert short.rows[1][2] in ("+0.00%", "-0.00%")
     assert len(cost.rows) == 6
     assert report.markdown().count("| --- |") == 4
