@@ -81,6 +81,11 @@ class LongNetConfig(PreTrainedConfig):
         """Features of a head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation of embeddings: with ``scale_embeddings`` their features have a variance of 1."""
+        return self.hidden_size**-0.5
+
     def validate_architecture(self) -> None:
         """Check what the fields say together; called by Transformers."""
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
@@ -92,6 +97,6 @@ class LongNetConfig(PreTrainedConfig):
         longest = XPOS_REACH * self.xpos_scale_base
         if self.position_encoding == "xpos" and self.max_position_embeddings > longest:
             raise ValueError(
-                f"max_position_embeddings: xPos with xpos_scale_base={self.xpos_scale_base} leaves the range of float32 "
-                f'beyond {longest:,} tokens; raise xpos_scale_base, or choose position_encoding="rope"'
+                f"max_position_embeddings: xPos with xpos_scale_base={self.xpos_scale_base} leaves the range of "
+                f'float32 beyond {longest:,} tokens; raise xpos_scale_base, or choose position_encoding="rope"'
             )

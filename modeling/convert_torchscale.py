@@ -29,7 +29,7 @@ LAYER = {
 }
 THEIRS, OURS = "layers.", "model.layers."
 # What a model of torchscale must, or must not, have been built with.
-REQUIRED = {"subln": True, "xpos_rel_pos": True, "decoder_normalize_before": True, "encoder_normalize_before": True}
+REQUIRED = ("subln", "xpos_rel_pos", "{side}_normalize_before")
 REFUSED = ("deepnorm", "layernorm_embedding", "moe_freq", "multiway", "rel_pos_buckets")
 
 
@@ -44,10 +44,9 @@ def config_from_torchscale(arguments: Mapping[str, Any], **options: Any) -> Long
         ValueError: If the model has parts that LongNet here has not.
     """
     side = "decoder" if "decoder_embed_dim" in arguments else "encoder"
-    for name, value in REQUIRED.items():
-        if name.partition("_")[0] not in ("decoder", "encoder") or name.startswith(side):
-            if bool(arguments.get(name, not value)) != value:
-                raise ValueError(f"{name}: only models with {name}={value} can be converted")
+    for name in (option.format(side=side) for option in REQUIRED):
+        if not arguments.get(name):
+            raise ValueError(f"{name}: only models with {name}=True can be converted")
     for name in REFUSED:
         if arguments.get(name):
             raise ValueError(f"{name}={arguments[name]!r}: models with this option cannot be converted")

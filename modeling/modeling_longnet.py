@@ -81,6 +81,14 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None) -> Te
     return rotated if scale is None else (rotated * scale[:, None]).to(states.dtype)
 
 
+class Projection(nn.Linear):
+    """A linear layer that knows whether MAGNETO lets it grow with the depth of the model."""
+
+    def __init__(self, features: int, out_features: int, *, grows: bool = True) -> None:
+        super().__init__(features, out_features)
+        self.grows = grows
+
+
 class LongNetAttention(nn.Module):
     """Attention of several heads, with a norm over all of them before the output projection."""
 
@@ -90,11 +98,11 @@ class LongNetAttention(nn.Module):
         self.layer_idx = layer_idx
         self.is_causal = config.is_causal
         self.scaling = config.head_dim**-0.5
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = Projection(config.hidden_size, config.hidden_size, grows=False)
+        self.k_proj = Projection(config.hidden_size, config.hidden_size, grows=False)
+        self.v_proj = Projection(config.hidden_size, config.hidden_size)
         self.inner_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = Projection(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -127,10 +135,10 @@ class LongNetMLP(nn.Module):
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Projection(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
         self.inner_norm = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = Projection(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return (B, N, hidden_size)."""
@@ -170,24 +178,11 @@ class LongNetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As MAGNETO: value, output and feed-forward projections grow with the logarithm of the depth."""
+        """As MAGNETO: Xavier, and some projections grow with the logarithm of the depth."""
         super()._init_weights(module)
-        if isinstance(module, LongNetAttention):
-            gain = math.sqrt(math.log(2 * self.config.num_hidden_layers))
-            for projection, scale in (
-                (module.q_proj, 1.0), (module.k_proj, 1.0), (module.v_proj, gain), (module.o_proj, gain)
-            ):  # fmt: skip
-                _xavier(projection, scale)
-        elif isinstance(module, LongNetMLP):
-            gain = math.sqrt(math.log(2 * self.config.num_hidden_layers))
-            _xavier(module.up_proj, gain)
-            _xavier(module.down_proj, gain)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.hidden_size**-0.5)
-
-
-def _xavier(projection: nn.Linear, gain: float) -> None:
-    init.normal_(projection.weight, std=gain * math.sqrt(2 / (projection.in_features + projection.out_features)))
+        if isinstance(module, Projection):
+            gain = math.sqrt(math.log(2 * self.config.num_hidden_layers)) if module.grows else 1.0
+            init.normal_(module.weight, std=gain * math.sqrt(2 / (module.in_features + module.out_features)))
 
 
 class LongNetModel(LongNetPreTrainedModel):

@@ -52,7 +52,8 @@ def uses_attention_interface(config_class: type) -> bool:
     """
     if config_class in _INTERFACE_USERS:
         return True
-    classes = [model for model in _model_classes(PreTrainedModel) if model.config_class is config_class]
+    name = _name(config_class)
+    classes = [model for model in _model_classes(PreTrainedModel) if _name(model.config_class) == name]
     bases = [model for model in classes if PreTrainedModel in model.__bases__]
     if not classes:  # not loaded yet, or another family's: InternLM3 runs the model of Llama
         mapped = AutoModel._model_mapping.get(config_class, None)
@@ -61,6 +62,18 @@ def uses_attention_interface(config_class: type) -> bool:
     if uses_it:
         _INTERFACE_USERS.add(config_class)
     return uses_it
+
+
+def _name(config_class: type | None) -> Any:
+    """What tells configuration classes apart.
+
+    Transformers imports the code of a checkpoint once for the configuration and once for the model, from two folders
+    with a hash for a name: the same class twice.
+    """
+    if config_class is None or not config_class.__module__.startswith("transformers_modules."):
+        return config_class
+    package, _, file = config_class.__module__.rpartition(".")
+    return package.rpartition(".")[0], file, config_class.__qualname__
 
 
 def _model_classes(base: type[PreTrainedModel]) -> Iterator[type[PreTrainedModel]]:

@@ -103,7 +103,8 @@ def test_xpos_decays_with_the_distance_and_rope_does_not() -> None:
         return (query[0, 0, 0] @ key[0, 0, 1] / (turned[0, 0, 0] @ turned[0, 0, 1])).item()
 
     decays = [product("xpos", distance) for distance in (0, 6, 12)]
-    assert decays[0] == pytest.approx(1) and decays[0] > decays[1] > decays[2] > 0
+    assert decays[0] == pytest.approx(1)
+    assert decays[0] > decays[1] > decays[2] > 0
     assert product("rope", 12) == pytest.approx(1)
 
 
@@ -242,7 +243,8 @@ def test_embeddings_as_input_and_hidden_states_as_output() -> None:
         model(input_ids=ids, inputs_embeds=model.get_input_embeddings()(ids))
     model.set_attn_implementation("eager")
     weights = model(ids, output_attentions=True).attentions
-    assert len(weights) == 2 and weights[0].shape == (2, 4, 40, 40)
+    assert len(weights) == 2
+    assert weights[0].shape == (2, 4, 40, 40)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
