@@ -9,7 +9,9 @@ from hf_dilated.cli.console import console
 from hf_dilated.cli.evaluate import evaluate
 from hf_dilated.cli.info import info
 from hf_dilated.cli.lm_eval import lm_eval
+from hf_dilated.cli.memory import memory
 from hf_dilated.cli.patch import patch, unpatch
+from hf_dilated.cli.profile import profile
 
 app = typer.Typer(help="Long-context attention for the Transformers models you already have.", no_args_is_help=True)
 
@@ -23,7 +25,9 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 app.command()(info)
+app.command()(memory)
 app.command()(patch)
 app.command()(unpatch)
+app.command()(profile)
 app.command()(evaluate)
 app.command("lm-eval")(lm_eval)

@@ -10,6 +10,7 @@ from hf_dilated.config.memory import MemoryConfig, MemoryMode
 from hf_dilated.memory.system import System, system
 
 SMALLEST = 1 << 20  # bytes; smaller buffers come from malloc's warm heap
+NEVER = 1 << 60  # tokens
 BUDGET_SHARE = 4  # of the memory that this process may have, one part is kept for reuse at most
 
 
@@ -134,6 +135,7 @@ def resolve(
 
 
 def _mode(length: int, attention_type: str, thresholds: Thresholds) -> tuple[MemoryMode, str]:
+    begin = f"{thresholds.lightweight:,}" if thresholds.lightweight < NEVER else "no length on"
     source = "" if thresholds.origin == "default" else f" ({thresholds.origin})"
     if length >= thresholds.full:
         return "full", f"{length:,} tokens, full from {thresholds.full:,}{source}"
@@ -142,4 +144,4 @@ def _mode(length: int, attention_type: str, thresholds: Thresholds) -> tuple[Mem
     for kind in ("ring", "distributed", "block_sparse"):
         if kind in attention_type:
             return "lightweight", f"{kind} is always pooled"
-    return "disabled", f"{length:,} tokens, pooled from {thresholds.lightweight:,}{source}"
+    return "disabled", f"{length:,} tokens, pooled from {begin}{source}"

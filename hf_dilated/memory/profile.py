@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-from hf_dilated.memory.policy import Thresholds
+from hf_dilated.memory.policy import NEVER, Thresholds
 from hf_dilated.memory.system import system
 
 PROFILE_VERSION = 1
-NEVER = 1 << 60  # tokens
 LEAST = 0.98  # a ratio below this is a loss
 LONGEST_PLAN = 64  # buffers
 ORIGIN = "profile of this machine"

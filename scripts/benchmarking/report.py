@@ -9,8 +9,8 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from benchmarking.timing import ratio
 from benchmarking.variants import CONTROL
+from hf_dilated.memory.measure import ratio
 
 matplotlib.use("Agg")
 

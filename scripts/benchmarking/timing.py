@@ -4,13 +4,11 @@ import gc
 import math
 import multiprocessing
 import random
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,21 +71,6 @@ def settle(call: Call, repeats: int, device: str) -> None:
     for _ in range(math.ceil(repeats * SETTLING[device] / SHORTEST_SAMPLE[device])):
         call()
     torch.cuda.synchronize()
-
-
-def ratio(
-    baseline: Sequence[float], seconds: Sequence[float], *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Return median(baseline) / median(seconds) with its 95 % bootstrap interval.
-
-    Example:
-        >>> ratio([4.0, 4.0, 4.0], [2.0, 2.0, 2.0])
-        (2.0, 2.0, 2.0)
-    """
-    generator = np.random.default_rng(seed)
-    medians = [np.median(generator.choice(np.asarray(x), (draws, len(x))), axis=1) for x in (baseline, seconds)]
-    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
-    return statistics.median(baseline) / statistics.median(seconds), float(low), float(high)
 
 
 def peak_memory_cuda(call: Callable[[], Tensor]) -> int:
