@@ -3,6 +3,8 @@
     python scripts/benchmark.py attention
     python scripts/benchmark.py attention --device cuda --output scripts/benchmarks
     python scripts/benchmark.py decode --device cuda --output scripts/benchmarks
+    python scripts/benchmark.py memory
+    python scripts/benchmark.py soak --seconds 600
 
 No time is reported while a variant disagrees with the float64 oracle.
 """
@@ -16,9 +18,10 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-from benchmarking import parity, report
+from benchmarking import parity, pooling, report
 from benchmarking.cases import Case, branches_for, describe_machine
 from benchmarking.runner import Run, measure
+from benchmarking.soak import soak as run_soak
 from benchmarking.variants import CONTROL, Choice, variants
 
 from hf_dilated.config import Offset, Overlap
@@ -122,6 +125,45 @@ def decode(
     _run(run, cases, modes, fastest=True)
 
 
+@app.command()
+def memory(
+    device: DeviceOption = "cpu",
+    lengths: LengthsOption = "2k,4k,8k,16k",
+    sizes: Annotated[str, typer.Option(help="MiB that are taken and written once.")] = "1,4,16,64,256",
+    heads: HeadsOption = 0,
+    head_dim: HeadDimOption = 0,
+    dtype: DtypeOption = None,
+    rounds: RoundsOption = 11,
+    budget_seconds: BudgetOption = 1200,
+    output: OutputOption = Path("outputs/benchmarks"),
+    name: NameOption = "",
+) -> None:
+    """Memory pools and the levers of the process against torch's own allocations, each in a fresh process."""
+    _check_device(device)
+    on_gpu = device == "cuda"
+    chosen = pooling.jobs(
+        device,
+        parse_lengths(lengths),
+        parse_lengths(sizes),
+        heads or (32 if on_gpu else 8),
+        head_dim or (128 if on_gpu else 64),
+        dtype or ("bfloat16" if on_gpu else "float32"),
+    )
+    path = pooling.run(chosen, rounds, output, name, budget_seconds)
+    typer.echo(f"extra: peak memory beyond the inputs; {CONTROL}: torch measured twice\nRows: {path}")
+
+
+@app.command()
+def soak(
+    seconds: Annotated[float, typer.Option(help="How long.")] = 600,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that train at the same time.")] = 4,
+    longest: Annotated[int, typer.Option(min=1024, help="Longest length, in tokens.")] = 8192,
+) -> None:
+    """Let threads train attention on random lengths, with checkpoints and exceptions, and watch the pool (CPU)."""
+    if not run_soak(seconds, threads, longest, typer.echo):
+        raise typer.Exit(1)
+
+
 def parse_lengths(text: str) -> list[int]:
     """Read lengths such as ``"2k,1M"``.
 
@@ -152,9 +194,8 @@ def _cases(
     *,
     decode: bool,
 ) -> list[Case]:
+    _check_device(device)
     on_gpu = device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise typer.BadParameter("no CUDA device is available; run with --device cpu", param_hint="--device")
     first, last = (
         (8 << 10, (1 << 20) if on_gpu else (128 << 10)) if decode else (2 << 10, (1 << 20) if on_gpu else (32 << 10))
     )
@@ -183,6 +224,11 @@ def _cases(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return cases
+
+
+def _check_device(device: Device) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("no CUDA device is available; run with --device cpu", param_hint="--device")
 
 
 def _start(

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hf_dilated.cli.console import console, errors, notes
 from hf_dilated.config import ConfigError, DilatedConfig
+from hf_dilated.config.memory import MemoryMode
 from hf_dilated.functional import dilated_attention
 from hf_dilated.integration.recording import load, record
 from hf_dilated.integration.support import UnsupportedError
@@ -29,7 +30,8 @@ from hf_dilated.memory.profile import (
     thresholds_of,
 )
 
-MODES = ("lightweight", "full")
+MODES: tuple[MemoryMode, ...] = ("lightweight", "full")
+ALL_MODES: tuple[MemoryMode, ...] = ("disabled", *MODES)
 
 
 def profile(
@@ -80,7 +82,9 @@ def measure(length: int, heads: int, head_dim: int, rounds: int) -> list[Measure
     console.print(f"measuring {length:,} tokens", style="dim")
     rows = []
     for kind in ("forward", "step"):
-        calls = {mode: _call(length, heads, head_dim, mode, backward=kind == "step") for mode in ("disabled", *MODES)}
+        calls: dict[str, Callable[[], None]] = {
+            mode: _call(length, heads, head_dim, mode, backward=kind == "step") for mode in ALL_MODES
+        }
         _, found = compare(calls, rounds=rounds)
         rows += [
             Measurement(length=length, kind=kind, mode=mode, **found[mode]._asdict(), noise=found[CONTROL].high)
@@ -89,7 +93,7 @@ def measure(length: int, heads: int, head_dim: int, rounds: int) -> list[Measure
     return rows
 
 
-def _call(length: int, heads: int, head_dim: int, mode: str, *, backward: bool) -> Callable[[], None]:
+def _call(length: int, heads: int, head_dim: int, mode: MemoryMode, *, backward: bool) -> Callable[[], None]:
     spec = auto_configure_memory_pool(length, mode=mode, thresholds=Thresholds()).spec
     first = max(1, min(2048, length // 2))
     segments = [first << i for i in range(4) if first << i <= length]

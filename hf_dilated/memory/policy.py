@@ -9,7 +9,7 @@ from typing import Any
 from hf_dilated.config.memory import MemoryConfig, MemoryMode
 from hf_dilated.memory.system import System, system
 
-SMALLEST = 1 << 20  # bytes; smaller buffers come from malloc's warm heap
+SMALLEST = 4 << 20  # bytes; malloc's warm heap hands out smaller ones in less time than a pool takes to count them
 NEVER = 1 << 60  # tokens
 BUDGET_SHARE = 4  # of the memory that this process may have, one part is kept for reuse at most
 

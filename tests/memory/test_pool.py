@@ -108,9 +108,10 @@ def test_neighbours_become_one() -> None:
     start = parts[0].data_ptr()
     for index in (1, 3, 0, 2):
         parts[index] = torch.empty(0)
+        if index == 3:
+            assert pool.empty((3 << 18,)).data_ptr() > start  # the pieces of before become free in between
     whole = pool.empty((1 << 21,))
     assert whole.data_ptr() == start
-    assert pool.stats()["misses"] == 4
 
 
 def test_what_lasts_lies_apart() -> None:
@@ -198,7 +199,8 @@ def test_the_arena_keeps_count(steps: list[tuple[bool, int, int]]) -> None:
             arena.give(used.pop(choice % len(used)))
         for segment in arena._segments:
             free = sorted(segment.by_start.values(), key=lambda r: r.start)
-            tiles = sorted([(r.start, r.size) for r in [*free, *(r for r in used if r.segment is segment)]])
+            waiting = [r for ranges in arena._waiting.values() for r in ranges]
+            tiles = sorted([(r.start, r.size) for r in [*free, *used, *waiting] if r.segment is segment])
             assert [start for start, _ in tiles] == [0, *(start + size for start, size in tiles)][: len(tiles)]
             assert sum(size for _, size in tiles) == segment.mapping.size
             assert all(a.start + a.size < b.start for a, b in zip(free, free[1:], strict=False))

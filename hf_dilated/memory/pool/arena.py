@@ -9,7 +9,6 @@ from bisect import bisect_left, insort
 from hf_dilated.memory.numa import Placement
 from hf_dilated.memory.pool.eviction import Usage
 from hf_dilated.memory.pool.mapping import HUGE_PAGE, PAGE, Mapping
-from hf_dilated.memory.pool.sizes import size_class
 
 SEGMENT = 16 << 30  # bytes of addresses
 GRANULE = 64 << 10
@@ -66,18 +65,20 @@ class Segment:
 
     def drop(self, free: Range, wanted: int) -> int:
         """Give back what is wanted of them, or a little more."""
-        first, last = self.within(free)
-        last = self.resident.rfind(1, first, last) + 1
-        first = max(first, last - -(-wanted // CHUNK))
-        released = self.resident.count(1, first, last) * CHUNK
-        self.mapping.drop(first * CHUNK, (last - first) * CHUNK)
-        self.resident[first:last] = bytes(last - first)
+        lowest, last = self.within(free)
+        released = 0
+        while released < wanted and (last := self.resident.rfind(1, lowest, last) + 1):
+            first = max(lowest, last - -(-(wanted - released) // CHUNK))
+            released += self.resident.count(1, first, last) * CHUNK
+            self.mapping.drop(first * CHUNK, (last - first) * CHUNK)
+            self.resident[first:last] = bytes(last - first)
         return released
 
 
 class Arena:
     """Best fit: the smallest free range that is large enough; neighbours that are free become one.
 
+    What returns waits for a request of its own size; it joins its neighbours when a request finds nothing waiting.
     What outlives a step (``lasting``) is taken from the far end of the addresses, away from what comes and goes.
     """
 
@@ -90,12 +91,16 @@ class Arena:
         self._segment_size = segment_size
         self._segments: list[Segment] = []
         self._by_size: list[tuple[int, int, int]] = []  # size, segment, start of every free range
+        self._waiting: dict[int, list[Range]] = {}
 
     def take(self, size: int, *, lasting: bool = False) -> tuple[Range, int]:
         """Return a block and how many of its bytes are fresh."""
         granule = GRANULE if size >= 8 * GRANULE else PAGE
         size = -(-size // granule) * granule
-        self._usage.touch(size_class(size))
+        self._usage.touch(size)
+        if not lasting and (waiting := self._waiting.get(size)):
+            return waiting.pop(), 0
+        self._join()
         free = self._largest(size) if lasting else self._best(size)
         self._remove(free)
         segment, rest = free.segment, free.size - size
@@ -109,20 +114,32 @@ class Arena:
         return Range(segment, start, size), fresh
 
     def give(self, block: Range) -> None:
-        """Take a block back and join it with its free neighbours."""
-        segment, start, size, wanted = block.segment, block.start, block.size, block.size
+        """Take a block back."""
+        block.used = self._usage.tick
+        self._waiting.setdefault(block.size, []).append(block)
+
+    def _join(self) -> None:
+        """Let what waits become free, one with its free neighbours."""
+        for waiting in self._waiting.values():
+            for block in waiting:
+                self._free(block)
+        self._waiting.clear()
+
+    def _free(self, block: Range) -> None:
+        segment, start, size = block.segment, block.start, block.size
         for neighbour in (segment.by_end.get(start), segment.by_start.get(start + size)):
             if neighbour is not None:
                 self._remove(neighbour)
                 start, size = min(start, neighbour.start), size + neighbour.size
         free = Range(segment, start, size)
-        free.used, free.wanted = self._usage.tick, wanted
+        free.used, free.wanted = block.used, block.size
         self._insert(free)
 
     def release(self, wanted: int) -> tuple[int, int]:
         """Give pages of the least valuable free ranges back to the system; return how many ranges, and the bytes."""
+        self._join()
         free = [r for segment in self._segments for r in segment.by_start.values() if segment.idle(r)]
-        free.sort(key=lambda r: self._usage.worth(size_class(r.wanted), r.used))
+        free.sort(key=lambda r: self._usage.worth(r.wanted, r.used))
         count = released = 0
         for candidate in free:
             if released >= wanted:

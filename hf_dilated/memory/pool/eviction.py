@@ -1,6 +1,7 @@
 """What free memory is worth keeping: by recency, frequency and size (greedy dual size frequency)."""
 
 HALF_LIFE = 256  # requests after which an old request counts half
+LARGEST = 512  # sizes that are remembered
 MISS_BYTES = 32 << 10  # a miss costs system calls worth as much as touching this many fresh bytes
 
 
@@ -13,8 +14,16 @@ class Usage:
 
     def touch(self, size_class: int) -> None:
         """Note a request."""
-        self.tick += 1
-        self._counts[size_class] = self.frequency(size_class) + 1, self.tick
+        self.tick = tick = self.tick + 1
+        count, before = self._counts.get(size_class, (0.0, tick))
+        self._counts[size_class] = count * 0.5 ** ((tick - before) / HALF_LIFE) + 1, tick
+        if len(self._counts) > LARGEST:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Keep the half that was asked for last."""
+        recent = sorted(self._counts, key=lambda size: self._counts[size][1])[LARGEST // 2 :]
+        self._counts = {size: self._counts[size] for size in recent}
 
     def frequency(self, size_class: int) -> float:
         """Return how often a class was asked for of late."""

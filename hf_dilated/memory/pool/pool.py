@@ -153,7 +153,9 @@ class MemoryPool:
         size = count * dtype.itemsize
         if self.mode == "disabled" or size < self.smallest or not size or self._owner == threading.get_ident():
             return torch.empty(shape, dtype=dtype)  # the last: a destructor or signal handler within take
-        tensor = torch.frombuffer(self._lease(size, kind, lasting), dtype=dtype, count=count).view(shape)
+        tensor = torch.frombuffer(self._lease(size, kind, lasting), dtype=dtype, count=count)
+        if len(shape) != 1:
+            tensor = tensor.view(shape)
         if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
             tensor.fill_(math.nan if dtype.is_floating_point or dtype.is_complex else _largest(dtype))
         return tensor
@@ -190,8 +192,12 @@ class MemoryPool:
         """Count it; return whether a window of requests is over."""
         self._live += lease.block.size
         self._total.took(lease.size, hit=hit)
-        self._kinds.setdefault(lease.kind, Counters()).took(lease.size, hit=hit)
-        self._peak = max(self._peak, self._store.held)
+        counters = self._kinds.get(lease.kind)
+        if counters is None:
+            counters = self._kinds[lease.kind] = Counters()
+        counters.took(lease.size, hit=hit)
+        if self._store.held > self._peak:
+            self._peak = self._store.held
         return self._need.add(lease.size)
 
     def _drain(self) -> None:

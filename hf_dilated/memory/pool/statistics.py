@@ -6,7 +6,7 @@ from typing import Any
 WINDOW = 1024  # requests; what was needed at once is remembered for one to two windows
 
 
-@dataclass
+@dataclass(slots=True)
 class Counters:
     """Hits and misses of one kind of buffer, and its bytes in use.
 
@@ -20,10 +20,13 @@ class Counters:
 
     def took(self, size: int, *, hit: bool) -> None:
         """Count a buffer that was handed out."""
-        self.hits += hit
-        self.misses += not hit
+        if hit:
+            self.hits += 1
+        else:
+            self.misses += 1
         self.live += size
-        self.peak = max(self.peak, self.live)
+        if self.live > self.peak:
+            self.peak = self.live
 
     def returned(self, size: int) -> None:
         """Count a buffer that came back."""
@@ -40,7 +43,7 @@ class Counters:
         }
 
 
-@dataclass
+@dataclass(slots=True)
 class Need:
     """The most bytes that were in use at once of late."""
 
@@ -55,7 +58,8 @@ class Need:
         is_first = self._requests % WINDOW == 0
         if is_first:
             self._windows = [self._windows[1], self.now]
-        self._windows[1] = max(self._windows[1], self.now)
+        if self.now > self._windows[1]:
+            self._windows[1] = self.now
         return is_first
 
     @property
