@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_dilated import patterns
+from hf_dilated.engine import block_sparse, execute, kernels
 from hf_dilated.engine import decode as decoding
-from hf_dilated.engine import execute, kernels
 from hf_dilated.engine.plan import Plan, make_plan
 from hf_dilated.engine.streamed import wide
 from hf_dilated.memory import BufferType, buffers
@@ -37,7 +37,7 @@ def attend(
     batch = _Batch(query, key, key_positions, pattern, is_causal)
     with torch.cuda.device_of(query), buffers.using(memory):  # Triton launches on the current device
         q, k, v = batch.query(query), batch.key(key), batch.key(value)
-        output, lse = execute.forward(batch.plan(q, k, v), q, k, v, scale)
+        output, lse = batch.forward(q, k, v, scale)
         output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf).contiguous()
         return with_sink(output, lse, sink_logits)
 
@@ -91,9 +91,7 @@ def attend_backward(
     batch = _Batch(query, key, key_positions, pattern, is_causal)
     with torch.cuda.device_of(query), buffers.using(memory):
         q, k, v = batch.query(query), batch.key(key), batch.key(value)
-        grads = execute.backward(
-            batch.plan(q, k, v), batch.query(grad), q, k, v, batch.query(output), batch.query(lse), scale
-        )
+        grads = batch.backward(batch.query(grad), q, k, v, batch.query(output), batch.query(lse), scale)
         return batch.put_back(grads[0], 0.0), batch.put_back_key(grads[1]), batch.put_back_key(grads[2])
 
 
@@ -147,14 +145,25 @@ class _Batch:
         else:
             host = key_positions.cpu().numpy()
             self.layout = _layout(host.tobytes(), host.dtype, host.shape, query.shape[2])
-        self.pattern = pattern
+        self.pattern = patterns.parse(pattern)
         self.is_causal = is_causal
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        if block_sparse.runs(self.pattern, q):
+            return block_sparse.forward(self.pattern, self.layout.documents, self.is_causal, q, k, v, scale)
+        return execute.forward(self.plan(q, k, v), q, k, v, scale)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scale: float
+    ) -> kernels.Gradients:
+        if block_sparse.runs(self.pattern, q):
+            where = self.pattern, self.layout.documents, self.is_causal
+            return block_sparse.backward(*where, grad, q, k, v, output, lse, scale)
+        return execute.backward(self.plan(q, k, v), grad, q, k, v, output, lse, scale)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor) -> Plan:
         packs = kernels.choose_packed(kernels.Case.of(query, value)) is not None
-        return make_plan(
-            patterns.parse(self.pattern), self.layout.documents, query.shape[1], key.shape[1], self.is_causal, packs
-        )
+        return make_plan(self.pattern, self.layout.documents, query.shape[1], key.shape[1], self.is_causal, packs)
 
     def query(self, x: Tensor) -> Tensor:
         """Bring the real queries of (B, H, N, …) together as (1, H, T, …)."""

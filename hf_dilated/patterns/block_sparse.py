@@ -122,7 +122,9 @@ class BlockSparsePattern:
         size = self.config.block_size
         longest = -(-max(documents.length, default=0) // size)
         _check_mask(group.parts, longest)
-        length, first = (torch.tensor(x, device=device) for x in (documents.length, documents.first_query))
+        length, first = (
+            torch.tensor(x, dtype=torch.long, device=device) for x in (documents.length, documents.first_query)
+        )
         blocks = -(-length // size)
         count = blocks - first // size
         document = torch.arange(len(length), device=device).repeat_interleave(count)
