@@ -72,27 +72,28 @@ def _count(most: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def block_parts(draw: st.DrawFn, mask_blocks: int = 0) -> BlockParts:
-    """Any parts but those that choose by content; a mask, if there is one, has ``mask_blocks`` rows."""
+def block_parts(draw: st.DrawFn, mask_blocks: int = 0, chosen: int = 0) -> BlockParts:
+    """Any parts; a mask, if there is one, has ``mask_blocks`` rows, and tokens choose up to ``chosen`` blocks."""
     mask = None
     if mask_blocks and draw(st.booleans()):
         generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
         mask = torch.rand(mask_blocks, mask_blocks, generator=generator) < 0.3
     return BlockParts(
-        local_blocks=draw(st.integers(0 if mask is not None else 1, 3)),
+        local_blocks=draw(st.integers(0 if mask is not None and not chosen else 1, 3)),
         global_blocks=draw(_count(2)),
         stride_blocks=draw(_count(5)),
         dilated_blocks=draw(_count(4)),
         random_blocks=draw(_count(3)),
+        topk_blocks=draw(st.integers(0, chosen)),
         block_mask=mask,
     )
 
 
 @st.composite
-def block_configs(draw: st.DrawFn, longest: int = 40) -> BlockSparseConfig:
+def block_configs(draw: st.DrawFn, longest: int = 40, chosen: int = 0) -> BlockSparseConfig:
     size = draw(st.sampled_from([1, 2, 4, 8]))
     groups = draw(st.integers(1, 2))
-    parts = block_parts(mask_blocks=-(-longest // size))
+    parts = block_parts(mask_blocks=-(-longest // size), chosen=chosen)
     layers = draw(st.lists(st.lists(parts, min_size=groups, max_size=groups), min_size=1, max_size=2))
     return BlockSparseConfig(block_size=size, seed=draw(st.integers(0, 3)), layers=layers)
 

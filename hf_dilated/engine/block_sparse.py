@@ -1,11 +1,14 @@
 """Block-sparse attention on a GPU: tables for the kernels, made on the device and kept for the next layer."""
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_dilated.engine import flash_block_sparse
 from hf_dilated.engine.execute import HAS_TRITON, runs_fused
+from hf_dilated.engine.flash_block_sparse import Lists
 from hf_dilated.patterns import BlockSparsePattern, Pattern
 from hf_dilated.patterns.block_sparse import Tiles
 from hf_dilated.patterns.documents import Documents
@@ -18,31 +21,57 @@ LONGEST_LIST = 32  # query blocks that one program adds up for a key block
 KEPT = 16
 
 
-def runs(pattern: Pattern, query: Tensor) -> bool:
-    """Whether a pattern runs on these kernels."""
-    return isinstance(pattern, BlockSparsePattern) and runs_fused(query)
+class BlockSparse(NamedTuple):
+    """A call of block-sparse attention on a GPU, without the blocks that tokens choose."""
+
+    pattern: BlockSparsePattern
+    documents: Documents
+    is_causal: bool
+
+    @classmethod
+    def of(cls, pattern: Pattern, documents: Documents, is_causal: bool, query: Tensor) -> "BlockSparse | None":
+        """Describe a call; None if it does not run on these kernels."""
+        if isinstance(pattern, BlockSparsePattern) and runs_fused(query) and documents.length:
+            return cls(pattern, documents, is_causal)
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Attend; arguments and results as in :func:`hf_dilated.engine.execute.forward`."""
+        if flash_block_sparse.refuses(*self, q, v) is None:
+            lists = flash_lists(*self, q.shape[1], k.shape[1], q.device)
+            return flash_block_sparse.forward(lists[0], self.is_causal, q, k, v, scale)
+        tables = make_tables(*self, q.shape[1], k.shape[1], q.device)
+        return fused.forward(tables, self.pattern.config.block_size, self.is_causal, q, k, v, scale)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients; ``output`` and ``lse`` may be those of more than this call."""
+        if flash_block_sparse.refuses(*self, q, v) is None:
+            lists = flash_lists(*self, q.shape[1], k.shape[1], q.device)
+            return flash_block_sparse.backward(lists[1], self.is_causal, grad, q, k, v, output, lse, scale)
+        tables = make_tables(*self, q.shape[1], k.shape[1], q.device)
+        size = self.pattern.config.block_size
+        return fused.backward(tables, size, self.is_causal, grad, q, k, v, output, lse, scale)
 
 
-def forward(
-    pattern: BlockSparsePattern, documents: Documents, is_causal: bool, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend; arguments and results as in :func:`hf_dilated.engine.execute.forward`."""
-    tables = make_tables(pattern, documents, q.shape[1], k.shape[1], is_causal, q.device)
-    return fused.forward(tables, pattern.config.block_size, is_causal, q, k, v, scale)
-
-
-def backward(
-    pattern: BlockSparsePattern, documents: Documents, is_causal: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    output: Tensor, lse: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of :func:`forward`."""
-    tables = make_tables(pattern, documents, q.shape[1], k.shape[1], is_causal, q.device)
-    return fused.backward(tables, pattern.config.block_size, is_causal, grad, q, k, v, output, lse, scale)
+@lru_cache(maxsize=KEPT)
+def flash_lists(
+    pattern: BlockSparsePattern, documents: Documents, is_causal: bool, heads: int, kv_heads: int, device: torch.device
+) -> tuple[Lists, Lists]:
+    """The same tables for FlashAttention 4: by queries and by keys."""
+    one = Documents.whole_rows(1, documents.queries, documents.keys)
+    tables = make_tables(pattern, one, is_causal, heads, kv_heads, device)
+    rows = -(-documents.keys // pattern.config.block_size)
+    return (
+        flash_block_sparse.lists_of(tables.queries, tables.query_lists, heads, rows, is_causal),
+        flash_block_sparse.lists_of(tables.keys, tables.key_lists, heads, rows, is_causal),
+    )
 
 
 @lru_cache(maxsize=KEPT)
 def make_tables(
-    pattern: BlockSparsePattern, documents: Documents, heads: int, kv_heads: int, is_causal: bool, device: torch.device
+    pattern: BlockSparsePattern, documents: Documents, is_causal: bool, heads: int, kv_heads: int, device: torch.device
 ) -> "Tables":
     """List the blocks of every block; nothing is computed on the host but how many there are."""
     size = pattern.config.block_size
@@ -128,3 +157,12 @@ def _seen_by(tiles: Tiles, first: Tensor, key_blocks: int, is_causal: bool) -> t
         tile, key_block = torch.cat([tile, has_edge]), torch.cat([key_block, seen])
     order = key_block.argsort(stable=True)
     return tiles.row[tile[order]], torch.bincount(key_block, minlength=key_blocks), edge
+
+
+def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge two outputs (B, H, N, Dv) with their LSE (B, H, N)."""
+    lse = torch.logaddexp(first[1], second[1])
+    safe = lse.masked_fill(lse == -torch.inf, 0)
+    output = sum(part * (part_lse - safe).exp().unsqueeze(-1) for part, part_lse in (first, second))
+    assert isinstance(output, Tensor)
+    return output.to(first[0].dtype), lse

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_dilated.engine.chosen import chosen_positions
 from hf_dilated.engine.execute import HAS_TRITON, runs_fused
 from hf_dilated.engine.streamed import wide
-from hf_dilated.patterns import DilatedPattern, Pattern
+from hf_dilated.patterns import BlockSparsePattern, DilatedPattern, Pattern
 
 if HAS_TRITON:
     from hf_dilated.engine.fused_decode import fused_decode
@@ -42,6 +43,9 @@ def decode(
     G, M = key.shape[1:3]
     position, slot_of = _slots(key_positions, B, M, query.device)
     seen, is_seen = pattern.visible(position, M, H, G)  # (B, H or 1, K)
+    if isinstance(pattern, BlockSparsePattern) and pattern.chosen_blocks:
+        chosen, is_chosen = chosen_positions(pattern, position, query, _in_order(key, key_positions, slot_of))
+        seen, is_seen = torch.cat([seen, chosen], 2), torch.cat([is_seen, is_chosen], 2)
     slot = slot_of(seen.clamp(0, M - 1))
     kv_head = torch.arange(H, device=query.device)[:, None] // (H // G)
     row = torch.arange(B, device=query.device)[:, None, None]
@@ -52,6 +56,16 @@ def decode(
     weights = torch.where(is_seen, (scores - lse).exp(), 0)
     v = torch.where(is_seen.unsqueeze(-1), v.to(wide(v.dtype)), 0)
     return (weights.unsqueeze(2) @ v).to(query.dtype), lse
+
+
+def _in_order(key: Tensor, key_positions: Tensor | None, slot_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Keys (B, G, M, D) in the order of their positions; those that a document does not have mean nothing."""
+    if key_positions is None:
+        return key
+    B, G, M, _ = key.shape
+    slot = slot_of(torch.arange(M, device=key.device).expand(B, 1, M))
+    row, head = torch.arange(B, device=key.device)[:, None, None], torch.arange(G, device=key.device)[:, None]
+    return key[row, head, slot]
 
 
 def _slots(

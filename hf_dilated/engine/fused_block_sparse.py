@@ -15,6 +15,7 @@ from torch import Tensor
 
 FIELDS = 9
 LOG2E = 1.4426950408889634
+LENGTHS = ["T", "U", "N", "M", "count"]  # arguments that change with the length: one program serves all
 
 
 class Tables(NamedTuple):
@@ -88,7 +89,7 @@ def _attend(
     COLUMNS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     IS_EDGE: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Let queries see the keys ``first … first + COLUMNS``; at an edge those before ``stop``, and (causal) their past."""
+    """Let queries see the keys ``first … first + COLUMNS``; at an edge only those before ``stop``, and the past."""
     k = _load(K + k_base, key_slot, first, 0, stop, k_token, COLUMNS, D, WIDTH, not IS_EDGE)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if IS_EDGE:
@@ -109,7 +110,7 @@ def _attend(
     return acc, new, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward_kernel(
     Q, K, V, OUT, LSE, table, lists, scale, T, N, M, H, GROUP, REPEATS,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
@@ -174,9 +175,11 @@ def _forward_kernel(
     tl.store(lse, tl.where(total > 0, (largest + tl.log2(total)) / 1.4426950408889634, float("-inf")), mask=is_query)
 
 
-@triton.jit
-def _delta_kernel(GRAD, OUT, DELTA, count, N, H, g_row, g_head, g_token, o_row, o_head, o_token,
-    DV: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=LENGTHS)
+def _delta_kernel(
+    GRAD, OUT, DELTA, count, N, H, g_row, g_head, g_token, o_row, o_head, o_token,
+    DV: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Row sums of gradient times output, (B, H, N)."""
     head = tl.program_id(0) % H
     t = (tl.program_id(0) // H) * ROWS + tl.arange(0, ROWS)
@@ -209,7 +212,7 @@ def _query_step(
     return tl.dot(grad_s.to(k.dtype), k, total, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _query_kernel(
     Q, K, V, GRAD, LSE, DELTA, OUT, table, lists, scale, factor, T, N, M, H, GROUP, REPEATS,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
@@ -291,7 +294,7 @@ def _key_step(
     return grad_k, grad_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _key_kernel(
     Q, K, V, GRAD, LSE, DELTA, GRAD_K, GRAD_V, PART_K, PART_V, table, lists, scale, factor, U, N, M, H, GROUP, REPEATS,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
@@ -393,13 +396,13 @@ def forward(
     fresh = q.new_empty if tables.covers else q.new_zeros
     output = fresh((B, N, H, v.shape[3]))
     lse = q.new_full((B, H, N), -torch.inf, dtype=torch.float32)
-    sizes = forward_sizes(q, v, size)
+    sizes = _sizes(FORWARD, q, v, size)
     entries = tables.queries.shape[1] * triton.cdiv(size, sizes.rows)
     _forward_kernel[(entries * H,)](
         q, k, v, output, lse, tables.queries, tables.query_lists, scale * LOG2E, *_counts(tables.queries, q, k),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        size, sizes.rows, sizes.columns, *_widths(q, v), is_causal, _is_even(tables, size, sizes), _precision(q), FIELDS,
-        num_warps=sizes.warps, num_stages=sizes.stages,
+        size, sizes.rows, sizes.columns, *_widths(q, v), is_causal, _is_even(tables, size, sizes), _precision(q),
+        FIELDS, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     return output.transpose(1, 2), lse
 
@@ -420,14 +423,14 @@ def backward(
     grad_q, grad_k, grad_v = fresh((B, N, H, D)), k.new_zeros((B, M, G, D)), v.new_zeros((B, M, G, DV))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     scales = scale * LOG2E, scale
-    sizes = query_sizes(q, v, size)
+    sizes = _sizes(QUERY, q, v, size)
     entries = tables.queries.shape[1] * triton.cdiv(size, sizes.rows)
     _query_kernel[(entries * H,)](
         q, k, v, grad, lse, delta, grad_q, tables.queries, tables.query_lists, *scales, *_counts(tables.queries, q, k),
         *strides, size, sizes.rows, sizes.columns, *_widths(q, v), is_causal, _is_even(tables, size, sizes),
         _precision(q), FIELDS, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
-    sizes = key_sizes(q, v, size)
+    sizes = _sizes(KEY, q, v, size)
     parts = [q.new_empty((tables.slots, G, size, d), dtype=torch.float32) for d in (D, DV)]
     entries = tables.keys.shape[0] * tables.keys.shape[1] * triton.cdiv(size, sizes.columns)
     _key_kernel[(entries * G,)](
@@ -444,32 +447,19 @@ def backward(
     return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
 
-def forward_sizes(q: Tensor, v: Tensor, size: int) -> Sizes:
-    if _is_small(q, v):
-        return _limited(Sizes(128, 128, 8, 2), size)
-    return _limited(Sizes(64, 32, 4, 2), size)
+# Measured on an H200 (32 / 8 heads of 128, bfloat16); larger heads and float32 have less room.
+FORWARD = Sizes(128, 64, 8, 3), Sizes(64, 32, 4, 2)
+QUERY = Sizes(128, 32, 4, 3), Sizes(32, 32, 4, 1)
+KEY = Sizes(64, 128, 8, 1), Sizes(32, 32, 4, 1)
 
 
-def query_sizes(q: Tensor, v: Tensor, size: int) -> Sizes:
-    if _is_small(q, v):
-        return _limited(Sizes(128, 64, 8, 2), size)
-    return _limited(Sizes(32, 32, 4, 1), size)
-
-
-def key_sizes(q: Tensor, v: Tensor, size: int) -> Sizes:
-    if _is_small(q, v):
-        return _limited(Sizes(64, 128, 8, 2), size)
-    return _limited(Sizes(32, 32, 4, 1), size)
-
-
-def _is_small(q: Tensor, v: Tensor) -> bool:
-    return q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= 128
-
-
-def _limited(sizes: Sizes, size: int) -> Sizes:
+def _sizes(choice: tuple[Sizes, Sizes], q: Tensor, v: Tensor, size: int) -> Sizes:
+    """How a kernel cuts blocks of ``size`` tokens."""
+    is_small = q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= 128
+    rows, columns, warps, stages = choice[0 if is_small else 1]
     least = max(size, 16)  # of a product of matrices
-    rows, columns = min(sizes.rows, least), min(sizes.columns, least)
-    return Sizes(rows, columns, 4 if rows * columns < 128 * 64 else sizes.warps, sizes.stages)
+    is_whole = least >= max(rows, columns)
+    return Sizes(min(rows, least), min(columns, least), warps if is_whole else 4, stages)
 
 
 def _counts(table: Tensor, q: Tensor, k: Tensor) -> tuple[int, ...]:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from hf_dilated import patterns
-from hf_dilated.engine import block_sparse, execute, kernels
 from hf_dilated.engine import decode as decoding
-from hf_dilated.engine.plan import Plan, make_plan
+from hf_dilated.engine import execute, kernels
+from hf_dilated.engine.block_sparse import BlockSparse, merge
+from hf_dilated.engine.chosen import chosen_blocks, chosen_levels
+from hf_dilated.engine.plan import Frame, Plan, make_plan, plan_levels
 from hf_dilated.engine.streamed import wide
 from hf_dilated.memory import BufferType, buffers
 from hf_dilated.patterns.documents import Documents, Layout, layout_from_positions
@@ -148,22 +150,45 @@ class _Batch:
         self.pattern = patterns.parse(pattern)
         self.is_causal = is_causal
 
+        self.documents = self.layout.documents
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if block_sparse.runs(self.pattern, q):
-            return block_sparse.forward(self.pattern, self.layout.documents, self.is_causal, q, k, v, scale)
-        return execute.forward(self.plan(q, k, v), q, k, v, scale)
+        call = BlockSparse.of(self.pattern, self.documents, self.is_causal, q)
+        if call is None:
+            return execute.forward(self.plan(q, k, v), q, k, v, scale)
+        result = call.forward(q, k, v, scale)
+        chosen = self.with_chosen(Plan(()), q, k, v)
+        return merge(result, execute.forward(chosen, q, k, v, scale)) if chosen.calls else result
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scale: float
     ) -> kernels.Gradients:
-        if block_sparse.runs(self.pattern, q):
-            where = self.pattern, self.layout.documents, self.is_causal
-            return block_sparse.backward(*where, grad, q, k, v, output, lse, scale)
-        return execute.backward(self.plan(q, k, v), grad, q, k, v, output, lse, scale)
+        tensors = grad, q, k, v, output, lse, scale
+        call = BlockSparse.of(self.pattern, self.documents, self.is_causal, q)
+        if call is None:
+            return execute.backward(self.plan(q, k, v), *tensors)
+        grads = call.backward(*tensors)
+        chosen = self.with_chosen(Plan(()), q, k, v)
+        if not chosen.calls:
+            return grads
+        grad_q, grad_k, grad_v = (a + b for a, b in zip(grads, execute.backward(chosen, *tensors), strict=True))
+        return grad_q, grad_k, grad_v
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor) -> Plan:
         packs = kernels.choose_packed(kernels.Case.of(query, value)) is not None
-        return make_plan(self.pattern, self.layout.documents, query.shape[1], key.shape[1], self.is_causal, packs)
+        plan = make_plan(self.pattern, self.documents, query.shape[1], key.shape[1], self.is_causal, packs)
+        return self.with_chosen(plan, query, key, value)
+
+    def with_chosen(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> Plan:
+        """Add the blocks that tokens choose by their content."""
+        if not isinstance(self.pattern, patterns.BlockSparsePattern) or not self.pattern.chosen_blocks:
+            return plan
+        packs = kernels.choose_packed(kernels.Case.of(query, value)) is not None
+        chosen = chosen_blocks(self.pattern, self.documents, self.is_causal, query, key)
+        levels = chosen_levels(self.documents, chosen, self.pattern.config.block_size, key.shape[1])
+        frame = Frame(self.documents.rows, self.documents.queries, self.documents.keys, recurs=False)
+        repeats = query.shape[1] // key.shape[1]
+        return Plan(plan.calls + plan_levels(levels, frame, repeats, packs, goes_on=bool(plan.calls)).calls)
 
     def query(self, x: Tensor) -> Tensor:
         """Bring the real queries of (B, H, N, …) together as (1, H, T, …)."""

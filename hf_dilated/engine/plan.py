@@ -179,7 +179,7 @@ class _Group:
     turn: int
     heads: tuple[int, ...]
     key_heads: tuple[int, ...]
-    query: Spans
+    query: Spans | Gathered
     key: Spans | Gathered
     is_causal: bool
 

@@ -88,8 +88,6 @@ class BlockSparsePattern:
         parts = self.config.parts(self.layer)
         if heads % len(parts):
             raise ValueError(f"layers: {len(parts)} groups of heads do not divide {heads} query heads")
-        if self.chosen_blocks:
-            raise ValueError("topk_blocks: blocks chosen by content do not run yet; leave them out")
         size = heads // len(parts)
         return [
             Group(range(n * size, (n + 1) * size), own, stream_of(self.config.seed, self._turn, n))

@@ -67,7 +67,7 @@ class Partials:
     """``n`` partial attentions of the same heads; each query appears in at most one of them."""
 
     heads: tuple[int, ...]
-    query: Spans
+    query: Spans | Gathered
     key: Spans | Gathered
     is_causal: bool
 

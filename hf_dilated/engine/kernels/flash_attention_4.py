@@ -20,7 +20,8 @@ from hf_dilated.engine.kernels.case import (
 
 
 @cache
-def _interface() -> ModuleType | None:
+def flash_attention_4() -> ModuleType | None:
+    """The module with its functions, or None where it is not installed."""
     try:
         from flash_attn.cute import interface
     except ImportError:  # also where another package is called flash_attn
@@ -34,7 +35,7 @@ def _refuses(case: Case) -> str | None:
     largest = 256 if case.capability[0] == 9 else 128
     if reason := one_of(case, device="cuda", dtypes=HALF, multiple=8, largest=largest):
         return reason
-    return None if _interface() else "is not installed (`pip install flash-attn-4`)"
+    return None if flash_attention_4() else "is not installed (`pip install flash-attn-4`)"
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -77,13 +78,13 @@ def _starts(lengths: PackedLengths) -> dict[str, Tensor | int]:
 
 
 def _attend(*tensors: Tensor, **options: object) -> tuple[Tensor, ...]:
-    interface: Any = _interface()
+    interface: Any = flash_attention_4()
     return interface._flash_attn_fwd(*tensors, **options)
 
 
 def _gradients(*tensors: Tensor, **options: object) -> Gradients:
     """Torch's own autograd function computes with its own output and LSE; ours are global."""
-    interface: Any = _interface()
+    interface: Any = flash_attention_4()
     deterministic = torch.are_deterministic_algorithms_enabled()
     grad_q, grad_k, grad_v = interface._flash_attn_bwd(*tensors, **options, deterministic=deterministic)
     return grad_q, grad_k, grad_v

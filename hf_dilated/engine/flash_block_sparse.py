@@ -1,0 +1,132 @@
+"""Block-sparse attention on FlashAttention 4 (the package flash-attn-4), for whole rows of blocks of 128 tokens."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_dilated.engine.kernels import FLASH_ATTENTION_4, Case
+from hf_dilated.engine.kernels.flash_attention_4 import flash_attention_4
+from hf_dilated.patterns import BlockSparsePattern
+from hf_dilated.patterns.documents import Documents
+
+BLOCK = 128  # the tile of its kernels for heads of up to 128 numbers
+LARGEST_HEAD = 128
+
+
+class Lists(NamedTuple):
+    """Blocks that see each other, as its kernels read them: counts (1, h, blocks) and indices (1, h, blocks, most).
+
+    ``edge`` are seen through the causal mask, ``whole`` without one; h is 1, or every query head.
+    """
+
+    edge_count: Tensor
+    edge: Tensor
+    whole_count: Tensor
+    whole: Tensor
+
+
+def refuses(
+    pattern: BlockSparsePattern, documents: Documents, is_causal: bool, query: Tensor, value: Tensor
+) -> str | None:
+    """Return why a call cannot run, or None if it can."""
+    case = Case.of(query, value)
+    if reason := FLASH_ATTENTION_4.refuses(case):
+        return reason
+    if torch.are_deterministic_algorithms_enabled():
+        return "adds up gradients in no fixed order"
+    if max(case.head_size, case.value_size) > LARGEST_HEAD:
+        return f"needs head sizes up to {LARGEST_HEAD}, got {max(case.head_size, case.value_size)}"
+    if pattern.config.block_size != BLOCK:
+        return f"needs blocks of {BLOCK} tokens, got {pattern.config.block_size}"
+    if not documents.are_whole_rows or documents.queries != documents.keys:
+        return "needs whole documents, one a row"
+    if not is_causal and documents.keys % BLOCK:
+        return "needs whole blocks where attention is not causal"
+    if not all(parts.local_blocks for parts in pattern.config.parts(pattern.layer)):
+        return "needs every token to see itself"
+    return None
+
+
+def lists_of(entries: Tensor, items: Tensor, heads: int, rows: int, is_causal: bool) -> Lists:
+    """Bring lists into its form.
+
+    Args:
+        entries: (groups, E, FIELDS) as in :class:`hf_dilated.engine.fused_block_sparse.Tables`; of the first row.
+        items: The lists that they point into.
+        heads: Query heads H.
+        rows: Blocks of the document.
+        is_causal: Whether the edge of a block is its own block.
+    """
+    counts, lists = [], []
+    for group in entries.long():
+        block, start, length = group[:, 4], group[:, 5], group[:, 6] - group[:, 5]
+        which = torch.arange(len(group), device=items.device).repeat_interleave(length)
+        within = torch.arange(len(which), device=items.device) - (length.cumsum(0) - length)[which]
+        pairs = (block[which] * rows + items[start[which] + within]).sort().values
+        count = torch.bincount(pairs // rows, minlength=rows)
+        place = torch.arange(len(pairs), device=items.device) - (count.cumsum(0) - count)[pairs // rows]
+        padded = torch.zeros(rows, max(1, int(count.max())), dtype=torch.int32, device=items.device)
+        padded[pairs // rows, place] = (pairs % rows).int()
+        counts.append(count.int())
+        lists.append(padded)
+    widest = max(padded.shape[1] for padded in lists)
+    whole = torch.stack([torch.nn.functional.pad(padded, (0, widest - padded.shape[1])) for padded in lists])
+    whole_count = torch.stack(counts)
+    if len(lists) > 1:
+        whole, whole_count = (x.repeat_interleave(heads // len(lists), 0) for x in (whole, whole_count))
+    own = torch.arange(rows, dtype=torch.int32, device=items.device)[None, None, :, None]
+    edge_count = torch.full((1, 1, rows), int(is_causal), dtype=torch.int32, device=items.device)
+    shape = (1, len(whole), rows)
+    return Lists(
+        edge_count.expand(shape).contiguous(),
+        own.expand(*shape, 1).contiguous(),
+        whole_count[None].contiguous(),
+        whole[None].contiguous(),
+    )
+
+
+def forward(lists: Lists, is_causal: bool, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend: output (B, H, N, Dv), stored token by token, and LSE (B, H, N) in float32."""
+    interface: Any = flash_attention_4()
+    tensors = (x.transpose(1, 2) for x in (q, k, v))
+    output, lse, *_ = interface._flash_attn_fwd(
+        *tensors, softmax_scale=scale, mask_mod=_mask(is_causal), block_sparse_tensors=_sparsity(lists), return_lse=True
+    )
+    return output.transpose(1, 2), lse
+
+
+def backward(
+    lists: Lists, is_causal: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of :func:`forward`; ``lists`` say which blocks of queries see a block of keys."""
+    interface: Any = flash_attention_4()
+    q, k, v, output, grad = (x.transpose(1, 2) for x in (q, k, v, output, grad))
+    grads = interface._flash_attn_bwd(
+        q, k, v, output, grad, lse.contiguous(),
+        softmax_scale=scale, mask_mod=_mask(is_causal), block_sparse_tensors=_sparsity(lists),
+    )  # fmt: skip
+    grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads[:3])
+    return grad_q, grad_k, grad_v
+
+
+def _sparsity(lists: Lists) -> Any:
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    return BlockSparseTensorsTorch(*lists, block_size=(BLOCK, BLOCK))
+
+
+@cache
+def _mask(is_causal: bool) -> Any:
+    """The mask of edges, in the language of its kernels."""
+    if not is_causal:
+        return None
+    import cutlass.cute as cute
+
+    @cute.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def causal(batch, head, query, key, lengths, tensors):  # type: ignore[no-untyped-def]
+        return key <= query
+
+    return causal
