@@ -38,7 +38,7 @@ def test_choice(changes, name):
     [({}, "flash-attn-4"), ({"capability": (8, 0)}, "9.0"), ({"head_size": 512, "value_size": 512}, "up to 256")],
 )
 def test_flash_attention_4_says_why_it_is_skipped(monkeypatch, changes, reason):
-    monkeypatch.setattr(flash_attention_4, "_interface", lambda: None)
+    monkeypatch.setattr(flash_attention_4, "flash_attention_4", lambda: None)
     case = Case(**{"dtype": torch.bfloat16, **H100, **changes})
     name, why = kernels.explain(case)[0]
     assert name == "flash_attention_4"
@@ -68,7 +68,7 @@ def stand_in(monkeypatch):
             batch = (x.unsqueeze(0) for x in (*rows, lse))
             return tuple(x[0].transpose(0, 1) for x in PLAIN.backward(*batch, causal, softmax_scale))
 
-    monkeypatch.setattr(flash_attention_4, "_interface", lambda: Interface)
+    monkeypatch.setattr(flash_attention_4, "flash_attention_4", lambda: Interface)
 
 
 @pytest.mark.usefixtures("stand_in")
