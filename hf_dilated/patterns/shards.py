@@ -124,6 +124,7 @@ def between(levels: Sequence[Level], queries: Shard, keys: Shard) -> list[Level]
 
 
 def _between(part: Partials, queries: Shard, keys: Shard) -> list[Level]:
+    assert isinstance(part.query, Spans), "patterns gather keys alone"
     query = _pieces(part.query, queries)
     if isinstance(part.key, Gathered):
         every, gathered = np.arange(len(part.key.count)), _gathered(part.key, keys)

@@ -39,13 +39,19 @@ def block_sparse_attention(
         key_positions = positions(B, N, M, attention_mask, position_ids).to(query.device)
     groups = config.layers[layer % len(config.layers)] if config.layers else (config,)
     turn = layer % len(config.layers) if config.layers else 0
-    m = torch.zeros(B, H, N, M, dtype=torch.long)
+    m = torch.zeros(B, H, N, M, dtype=torch.long, device="cpu")
     for b in range(B):
         for h in range(H):
             group = h // (H // len(groups))
             seen = (config.seed, turn, group)
             m[b, h] = _row_mask(
-                groups[group], config.block_size, key_positions[b], query[b, h], key[b, h // (H // G)], is_causal, seen
+                groups[group],
+                config.block_size,
+                key_positions[b],
+                query[b, h].detach(),
+                key[b, h // (H // G)].detach(),
+                is_causal,
+                seen,
             )
     return softmax_over(m.to(query.device), query, key, value, scale, return_lse)
 
@@ -55,21 +61,23 @@ def _row_mask(
 ) -> Tensor:
     """Who sees whom (N, M), for one row of the batch and one head."""
     N, M = len(query), len(key)
-    written = int((position != -2).sum())
+    earlier = int((position != -2).sum()) - N  # slots before the first query
     document = (position == 0).cumsum(0)
-    mask = torch.zeros(N, M, dtype=torch.long)
+    mask = torch.zeros(N, M, dtype=torch.long, device="cpu")
     for d in document[position >= 0].unique().tolist():
-        slots = ((document == d) & (position >= 0)).nonzero()[:, 0].tolist()
-        blocks = -(-len(slots) // size)
-        seen = visible_blocks(parts, blocks, is_causal, seed)
-        for p, slot in enumerate(slots):
-            n = slot - (written - N)
-            if n < 0:
-                continue
-            chosen = seen[p // size] | _chosen(parts, size, slots, p, seen[p // size], query[n].detach(), key.detach())
-            for other, key_slot in enumerate(slots):
-                if other // size in chosen and (other <= p or not is_causal):
-                    mask[n, key_slot] = 1
+        slots = ((document == d) & (position >= 0)).nonzero()[:, 0].cpu()
+        p_j = torch.arange(len(slots), device="cpu")
+        p_i = p_j[slots >= earlier]
+        seen = visible_blocks(parts, -(-len(slots) // size), is_causal, seed)
+        shown = torch.tensor([[j in row for j in range(len(seen))] for row in seen], device="cpu")
+        sees = shown[p_i // size][:, p_j // size]
+        if parts.topk_blocks:
+            for n, p in enumerate(p_i.tolist()):
+                chosen = _chosen(parts, size, slots.tolist(), p, seen[p // size], query[slots[p] - earlier], key)
+                sees[n] |= torch.tensor([j // size in chosen for j in p_j.tolist()], device="cpu")
+        if is_causal:
+            sees &= p_j <= p_i[:, None]
+        mask[(slots[p_i] - earlier)[:, None], slots] = sees.long()
     return mask
 
 

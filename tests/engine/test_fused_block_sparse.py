@@ -2,21 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from hf_dilated import BlockParts, BlockSparseConfig, reference
 from hf_dilated.patterns import BlockSparsePattern
 from hf_dilated.patterns.documents import Documents
-from tests.cases import Case, block_configs, cases
+from tests.cases import Case
 from tests.engine.checks import assert_equals_oracle
 
 pytest.importorskip("triton")
 from hf_dilated.engine import block_sparse, execute
-
-few = settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
 
 
 @pytest.fixture(autouse=True)
@@ -27,29 +21,48 @@ def _always(monkeypatch):
     block_sparse.make_tables.cache_clear()
 
 
-@given(case=cases(longest=20, config=block_configs(20)), longest=st.sampled_from([1, 2, 32]))
-@few
-def test_generated(case, longest):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_sparse, "LONGEST_LIST", longest)
-        block_sparse.make_tables.cache_clear()
-        assert_equals_oracle(case, torch.float32, 2e-5)
+GROUPS = (BlockParts(local_blocks=2), BlockParts(global_blocks=1, random_blocks=1))
+SMALL = BlockSparseConfig(block_size=4, layers=(GROUPS,))  # smaller than a tile of the kernels
+LARGE = BlockSparseConfig(block_size=64, layers=(GROUPS,))  # larger
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("length", [128, 150])
-def test_blocks_larger_than_a_tile(is_causal, length):
+@pytest.mark.parametrize(
+    ("config", "tokens", "options"),
+    [
+        (SMALL, 14, {"attention_mask": torch.arange(14)[None] >= 3}),
+        (SMALL, 14, {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6, 7, 8]])}),
+        (SMALL, 13, {"is_causal": False}),
+        (LARGE, 70, {}),
+    ],
+    ids=["padded", "packed", "in both directions", "large blocks"],
+)
+@pytest.mark.parametrize("longest_list", [1, 32])
+def test_output_and_gradients(monkeypatch, config, tokens, options, longest_list):
+    monkeypatch.setattr(block_sparse, "LONGEST_LIST", longest_list)
     torch.manual_seed(0)
-    groups = (BlockParts(local_blocks=2), BlockParts(global_blocks=1, random_blocks=1))
-    config = BlockSparseConfig(block_size=64, layers=(groups,))
-    tensors = (torch.randn(1, heads, length, 8) for heads in (4, 2, 2))
-    assert_equals_oracle(Case(config, *tensors, {"is_causal": is_causal}), torch.float32, 2e-5)
+    tensors = (torch.randn(1, heads, tokens, 8) for heads in (2, 1, 1))
+    case = Case(config, *tensors, options).to(torch.float32)
+    exact = case.to(torch.float64)
+    grad = torch.randn_like(case.query)
+    inputs = (case.query, case.key, case.value), (exact.query, exact.key, exact.value)
+    output, right = case.run(), exact.right()
+    found = output, *torch.autograd.grad(output, inputs[0], grad)
+    expected = right, *torch.autograd.grad(right, inputs[1], grad.double())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=0)
+
+
+def test_queries_that_are_the_last_of_the_keys():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 15, 8), torch.randn(1, 2, 15, 8)
+    case = Case(SMALL, query, key, value)
+    torch.testing.assert_close(case.run().double(), case.right(), atol=2e-5, rtol=0)
 
 
 def test_blocks_chosen_by_content_are_merged():
     torch.manual_seed(0)
-    config = BlockSparseConfig(block_size=8, global_blocks=1, topk_blocks=1)
-    tensors = (torch.randn(1, heads, 50, 8) for heads in (4, 2, 2))
+    config = BlockSparseConfig(block_size=4, topk_blocks=1)
+    tensors = (torch.randn(1, heads, 21, 8) for heads in (2, 1, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execute, "runs_fused", lambda x: x.element_size() <= 4)
         assert_equals_oracle(Case(config, *tensors), torch.float32, 2e-5)
