@@ -17,6 +17,7 @@ from hf_dilated.factory import (
     create_multihead_dilated_attention,
 )
 from hf_dilated.functional import block_sparse_attention, dilated_attention
+from hf_dilated.integration.cache import BlockSparseCache, DilatedCache
 from hf_dilated.integration.memory import model_memory
 from hf_dilated.integration.registration import register
 from hf_dilated.memory import AttentionBufferManager, BufferType, MemoryPolicy, MemoryPool, auto_configure_memory_pool
@@ -26,9 +27,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionBufferManager",
     "BlockParts",
+    "BlockSparseCache",
     "BlockSparseConfig",
     "BufferType",
     "ConfigError",
+    "DilatedCache",
     "DilatedConfig",
     "MemoryConfig",
     "MemoryPolicy",

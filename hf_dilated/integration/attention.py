@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_dilated.config import DilatedConfig
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.documents import check_gaps, shared_positions
+from hf_dilated.integration.kept import attend_kept, kept_keys
 from hf_dilated.integration.layers import module_pattern
 from hf_dilated.integration.masks import FORMS
 from hf_dilated.integration.memory import module_memory
@@ -92,8 +93,14 @@ def attention_forward(
     """
     _check_options(module, dropout, softcap, options)
     is_causal = causality(module, attention_mask, is_causal)
+    if (kept := kept_keys(key)) is not None:
+        are_whole = _are_whole(query, attention_mask, options.get("position_ids"))
+        pattern = module_pattern(module, sliding_window, backend)
+        query, key, value = _autocast(query, key, value)
+        result = attend_kept(query, key, value, pattern, kept, are_whole=are_whole, scale=scaling, sink_logits=s_aux)
+        return result.transpose(1, 2).contiguous(), None
     _check_lengths(module, query, key, attention_mask, is_causal)
-    key_positions = _key_positions(query, key, attention_mask, options.get("position_ids"))
+    key_positions = _key_positions(query, key.shape[2], attention_mask, options.get("position_ids"))
     check_boundaries(options, key_positions, key.shape[0], key.shape[2])
     if sliding_window is not None and query.shape[2] > 1 and key_positions is not None:
         check_gaps(key_positions)
@@ -160,22 +167,35 @@ def _check_lengths(
             f"{type(module).__name__} attends with {N} queries to {M} keys of another sequence: cross-attention and "
             'prefix tuning of encoders are not supported. Use attn_implementation="sdpa"'
         )
-    if attention_mask is None or not FORMS[attention_mask.dtype].has_positions:
+    if attention_mask is None:
         return
     if attention_mask.shape[3] != M or attention_mask.shape[0] not in (1, B):
         raise UnsupportedError(
             f"attention_mask covers {attention_mask.shape[0]} rows of {attention_mask.shape[3]} keys, but "
-            f"{type(module).__name__} has {B} of {M}; something has lengthened the keys behind the mask"
+            f"{type(module).__name__} has {B} of {M}; something has changed the keys behind the mask"
         )
 
 
-def _key_positions(query: Tensor, key: Tensor, attention_mask: Tensor | None, position_ids: Any) -> Tensor | None:
-    B, N, M = query.shape[0], query.shape[2], key.shape[2]
+def _key_positions(query: Tensor, keys: int, attention_mask: Tensor | None, position_ids: Any) -> Tensor | None:
+    B, N = query.shape[0], query.shape[2]
     if not isinstance(position_ids, Tensor) or position_ids.shape not in ((B, N), (1, N)):
         position_ids = None  # of images and sound: they number no tokens
     if attention_mask is not None and not FORMS[attention_mask.dtype].has_positions:
         attention_mask = None
-    return shared_positions(attention_mask, position_ids, B, N, M)
+    return shared_positions(attention_mask, position_ids, B, N, keys)
+
+
+def _are_whole(query: Tensor, attention_mask: Tensor | None, position_ids: Any) -> bool:
+    """Whether rows are documents without padding: all that a cache knows of documents is the padding mask."""
+    if query.shape[2] == 1:
+        return False  # not asked for
+    assert attention_mask is not None  # it has told the cache of the tokens
+    keys = attention_mask.shape[3]
+    told, found = (_key_positions(query, keys, attention_mask, ids) for ids in (None, position_ids))
+    are_same = told is found if told is None or found is None else torch.equal(told, found)
+    if not are_same:
+        raise UnsupportedError("position_ids: documents packed into a row do not go with a cache that drops keys")
+    return found is None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

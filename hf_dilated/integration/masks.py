@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import masking_utils
 
+from hf_dilated.integration.kept import tell
 from hf_dilated.integration.remembered import Remembered
 from hf_dilated.integration.support import UnsupportedError, check_model
 
@@ -98,6 +99,7 @@ def position_mask(
     _check_shape(meaning, attention_mask, q_length, kv_length, kv_offset)
     if attention_mask is None and not meaning.is_packed and isinstance(q_offset, int):
         if kv_offset + kv_length == q_offset + q_length:
+            tell(kv_length, None)
             return _whole(meaning, kv_length)
         device = device if q_length == 1 else "cpu"  # nothing has to be fetched
     form = DTYPES[Form(meaning.is_causal, has_positions=True)]
@@ -115,7 +117,9 @@ def position_mask(
         return build()
     tensors = [x for x in (attention_mask, q_offset) if isinstance(x, Tensor)]
     end = None if isinstance(q_offset, Tensor) else q_offset + q_length
-    return _masks.get(tensors, (batch_size, q_length, kv_length, end, kv_offset, str(device), form), build)
+    mask = _masks.get(tensors, (batch_size, q_length, kv_length, end, kv_offset, str(device), form), build)
+    tell(kv_length, mask[:, 0, 0])
+    return mask
 
 
 def _whole(meaning: Meaning, kv_length: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_dilated.config import BlockParts, BlockSparseConfig
-from hf_dilated.patterns.blocks import NONE, earlier_blocks, stream_of, visited_pairs
+from hf_dilated.patterns.blocks import NONE, earlier_blocks, later_rows_see, stream_of, visited_pairs
 from hf_dilated.patterns.documents import Documents
 from hf_dilated.patterns.partials import Gathered, Level, Spans, merge_levels, rectangle, staircase
 
@@ -114,6 +114,33 @@ class BlockSparsePattern:
         rows = [torch.nn.functional.pad(row, (0, longest - row.shape[2]), value=NONE) for row in rows]
         positions = torch.cat(rows, 1)
         return positions, positions <= position[:, None, None]
+
+    def kept(self, key_position: Tensor, following: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """Say which keys later queries see (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+        size = self.config.block_size
+        block, row = key_position // size, (following // size)[:, None, None]
+        kept = torch.zeros_like(key_position, dtype=torch.bool)
+        for group in self.groups(heads):
+            own = sorted({head * kv_heads // heads for head in group.heads})
+            kept[:, own] |= later_rows_see(group.parts, row, block[:, own])
+        return kept & (key_position >= 0)
+
+    def counts(self, position: Tensor, key_position: Tensor, length: int, heads: int, kv_heads: int) -> Tensor:
+        """Say how often keys count (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+        size = self.config.block_size
+        blocks = -(-length // size)
+        rows = []
+        for group in self.groups(heads):
+            _check_mask(group.parts, blocks)
+            seen = earlier_blocks(group.parts, position.clamp(min=0) // size, blocks, group.stream)
+            shown = torch.zeros(len(position), blocks + 1, device=position.device)
+            shown.scatter_(1, seen.clamp(max=blocks), 1.0)
+            shown[:, blocks] = 0
+            own = [head * kv_heads // heads for head in group.heads]
+            block = key_position[:, own].clamp(min=0) // size  # (B, heads, M)
+            rows.append(shown[:, None].expand(-1, len(own), -1).gather(2, block.expand(len(position), -1, -1)))
+        is_seen = (key_position >= 0) & (key_position <= position[:, None, None])
+        return torch.cat(rows, 1) * is_seen.repeat_interleave(heads // kv_heads, 1)
 
     def tiles(self, group: Group, documents: Documents, is_causal: bool, device: str | torch.device) -> Tiles:
         """List the blocks of queries that lie in documents, with the blocks of keys that they see."""

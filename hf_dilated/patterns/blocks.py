@@ -48,6 +48,31 @@ def earlier_blocks(parts: BlockParts, row: Tensor, blocks: int, stream: int) -> 
     return seen
 
 
+def later_rows_see(parts: BlockParts, row: Tensor, block: Tensor) -> Tensor:
+    """Whether causal row ``row``, or any after it, sees a block.
+
+    Raises:
+        ValueError: If a later row may choose any block.
+
+    Example:
+        >>> later_rows_see(BlockParts(local_blocks=2, global_blocks=1), torch.tensor(5), torch.tensor([0, 1, 3, 4]))
+        tensor([ True, False, False,  True])
+    """
+    for name in ("random_blocks", "topk_blocks"):
+        if getattr(parts, name):
+            raise ValueError(f"{name}: a later token may choose any block, so a cache has to keep all of them")
+    shown = (row - block < parts.local_blocks) | (block < parts.global_blocks)
+    if k := parts.stride_blocks:
+        shown |= block % k == k - 1
+    if parts.dilated_blocks:
+        shown |= row - block <= 1 << min(parts.dilated_blocks - 1, 62)
+    if parts.block_mask is not None:
+        later = mask_matrix(parts, block.device).tril().flip(0).cummax(0).values.flip(0)
+        is_inside = (row < len(later)) & (block < len(later))
+        shown |= is_inside & later[row.clamp(max=len(later) - 1), block.clamp(0, len(later) - 1)]
+    return shown
+
+
 def visited_pairs(
     parts: BlockParts, first: int, blocks: int, is_causal: bool, stream: int, device: str | torch.device
 ) -> Tensor:

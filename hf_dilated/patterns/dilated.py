@@ -106,6 +106,41 @@ class DilatedPattern:
             inner = w
         return torch.cat(seen, 2), torch.cat(is_seen, 2)
 
+    def kept(self, key_position: Tensor, following: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """Say which keys later queries see (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+        S, device = self.config.sink_tokens, key_position.device
+        kept = (key_position >= 0) & (key_position < S)
+        g, next_ = key_position - S + self.phase, (following.clamp(min=S) - S + self.phase)[:, None, None]
+        kv_head = torch.arange(kv_heads, device=device)[:, None]
+        for w, r in self.branches:
+            is_own = torch.zeros(kv_heads, r, dtype=torch.bool)
+            for head in range(heads):
+                is_own[head * kv_heads // heads, self.residue(head, r, heads, kv_heads)] = True
+            residue = g % w % r
+            last = w - 1 - (w - 1 - residue) % r  # of the segment's tokens on this residue
+            meets = (g // w == next_ // w) & (last >= next_ % w) & is_own.to(device)[kv_head, residue]
+            kept |= meets & (key_position >= S)
+        return kept
+
+    def counts(self, position: Tensor, key_position: Tensor, length: int, heads: int, kv_heads: int) -> Tensor:
+        """Say how often keys count (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+        S, device = self.config.sink_tokens, key_position.device
+        position = position[:, None, None]
+        g, other = position - S + self.phase, key_position - S + self.phase
+        meets, is_on = [], []
+        for w, r in self.branches:
+            meets.append((other // w == g // w) & (other % w % r == g % w % r))
+            s = torch.tensor([self.residue(h, r, heads, kv_heads) for h in range(heads)], device=device)
+            is_on.append(g[:, 0] % w % r == s)
+        branches = torch.stack(meets, 2).float()  # (B, G, branches, M)
+        groups = torch.stack(is_on, 2).float().unflatten(1, (kv_heads, -1))  # (B, G, H / G, branches)
+        count = groups @ branches
+        if self.config.overlap == "once":
+            count = count.clamp(max=1)
+        on_grid = (position >= S) & (key_position >= S)
+        is_seen = (key_position >= 0) & (key_position <= position)
+        return (torch.where(on_grid.unsqueeze(2), count, 1.0) * is_seen.unsqueeze(2)).flatten(1, 2)
+
     def residue(self, head: int, rate: int, heads: int, kv_heads: int) -> int:
         """Residue modulo ``rate`` of the tokens that a query head keeps."""
         match self.config.offset:

@@ -105,6 +105,38 @@ class Pattern(Hashable, Protocol):
         ...
 
 
+class ForgettingPattern(Pattern, Protocol):
+    """A rule under which later tokens no longer see some keys, so that a cache may drop them."""
+
+    def kept(self, key_position: Tensor, following: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """Say which keys a causal query at ``following`` or later sees.
+
+        Args:
+            key_position: (B, G, M) positions of the keys, which may differ between key-value heads; -1 for none.
+            following: (B,) position of the next token.
+
+        Returns:
+            (B, G, M) bool.
+
+        Raises:
+            ValueError: If the pattern never forgets, with the option that is the reason.
+        """
+        ...
+
+    def counts(self, position: Tensor, key_position: Tensor, length: int, heads: int, kv_heads: int) -> Tensor:
+        """Say how often each key counts for one causal query.
+
+        Args:
+            position: (B,) of the query; -1 for padding, which sees nothing.
+            key_position: (B, G, M) as for :meth:`kept`.
+            length: Larger than every position.
+
+        Returns:
+            (B, H, M) float32. Runs on the device without synchronising.
+        """
+        ...
+
+
 def rectangle(heads: Sequence[int], query: Spans, key: Spans | Gathered) -> list[Level]:
     """Every query sees every key of its progression; empty ones are left out."""
     kept = np.flatnonzero((query.count > 0) & (key.count > 0))

@@ -187,7 +187,7 @@ def test_other_keys_than_the_queries_own(queries, keys, causal):
 
 
 def test_keys_lengthened_behind_the_mask():
-    with pytest.raises(UnsupportedError, match="lengthened the keys"):
+    with pytest.raises(UnsupportedError, match="changed the keys"):
         call(keys=8, attention_mask=torch.arange(6).view(1, 1, 1, 6))
 
 

@@ -1,0 +1,73 @@
+"""Attention to a cache that has dropped what no later token sees."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from hf_dilated.engine.streamed import wide
+from hf_dilated.patterns.partials import ForgettingPattern
+
+
+def decode_kept(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_positions: Tensor,
+    length: int,
+    pattern: ForgettingPattern,
+    scale: float,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attend from the last token of a cache; nothing is synchronised.
+
+    Nearly every key that is kept is visible, so all of them are read where they lie, once for each key-value head.
+
+    Args:
+        query: (B, H, 1, D).
+        key: (B, G, M, D).
+        value: (B, G, M, Dv).
+        key_positions: (B or 1, G, M) position of the key in each slot, -1 for none; the last one is the query's own.
+        length: Larger than every position.
+        pattern: Who attends to whom.
+        scale: Factor of the scores.
+        sink_logits: (H,) learned logits that take part in every softmax of their head without a value.
+
+    Returns:
+        Output (B, H, 1, Dv).
+    """
+    H, G = query.shape[1], key.shape[1]
+    count = pattern.counts(key_positions[:, 0, -1], key_positions, length, H, G).to(wide(query.dtype))
+    sees = count.any(2, keepdim=True)
+    bias = torch.where(sees, count.log(), 0.0)
+    if sink_logits is not None:
+        bias = torch.where(sees, bias, -math.inf)
+        bias = torch.cat([bias, sink_logits.to(bias)[:, None].expand(len(bias), H, 1)], 2)
+        key, value = pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1))
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask=bias.unsqueeze(2), scale=scale, enable_gqa=H != G
+    )
+    return torch.where(sees.unsqueeze(3), output, 0)
+
+
+def spread(x: Tensor, key_positions: Tensor, past: int, queries: int) -> Tensor:
+    """Put kept keys (or values) back where their positions say; what was dropped stays unwritten.
+
+    Args:
+        x: (B, G, M, D); the last ``queries`` slots are new.
+        key_positions: (B or 1, G, M) as in :func:`decode_kept`.
+        past: Tokens before the new ones, at most over the rows.
+        queries: N.
+
+    Returns:
+        (B, G, past + N, D).
+    """
+    B, G, M, D = x.shape
+    old = M - queries
+    slot = key_positions[..., :old]
+    slot = torch.where(slot >= 0, slot, past)  # nothing: where a new one will be written
+    result = x.new_empty(B, G, past + queries, D)
+    result.scatter_(2, slot[..., None].expand(B, G, old, D), x[:, :, :old])
+    result[:, :, past:] = x[:, :, old:]
+    return result

@@ -1,0 +1,131 @@
+"""How many keys `DilatedCache` keeps, beside a full cache: a table for shapes of models and lengths.
+
+python scripts/cache_memory.py [--lengths 32768 131072 1048576] [--json rows.json]
+
+The numbers follow from the pattern alone: for every length, what a layer keeps just before it, when the segments are
+full and every residue is still to come. `--check` compares them with the keys that a cache of random numbers really
+holds (up to 32,768 tokens).
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from hf_dilated import DilatedConfig
+from hf_dilated.integration.cache import PatternLayer
+from hf_dilated.integration.kept import Told
+from hf_dilated.patterns import DilatedPattern
+
+HEADS = ((32, 32), (32, 8), (14, 2))
+OFFSETS: dict[str, dict[str, Any]] = {
+    "head": {"offset": "head"},
+    "kv_head": {"offset": "kv_head"},
+    "kv_head, rotate": {"offset": "kv_head", "rotate": True},
+}
+LENGTHS = (8192, 32768, 131072, 1 << 20)
+HEAD_SIZE, BYTES = 128, 2
+CHECKED = 32768  # longest input that is run
+TOKENS_AT_ONCE = 1 << 16
+LAYERS_COUNTED = 4  # of one period of the rotation
+
+
+@dataclass(frozen=True)
+class Row:
+    """Keys that one layer keeps for a key-value head, on average over layers."""
+
+    heads: int
+    kv_heads: int
+    offset: str
+    length: int
+    kept: float
+
+    @property
+    def share(self) -> float:
+        """Part of the full cache."""
+        return self.kept / self.length
+
+    @property
+    def bytes_per_layer(self) -> int:
+        """Keys and values of one sequence, in bfloat16 with heads of 128."""
+        return int(2 * self.kept * self.kv_heads * HEAD_SIZE * BYTES)
+
+
+def pattern_for(length: int, heads: int, options: dict[str, Any]) -> DilatedConfig:
+    """The default pattern of a model made for ``length`` tokens."""
+    config = SimpleNamespace(max_position_embeddings=length, num_attention_heads=heads)
+    return replace(DilatedConfig.from_model_config(config), **options)
+
+
+def kept_keys(pattern: DilatedPattern, length: int, heads: int, kv_heads: int) -> int:
+    """Slots of a layer's cache just before ``length`` tokens: the most that a key-value head keeps."""
+    tokens = length - max(pattern.config.dilation_rates)
+    following, parts = torch.tensor([tokens]), torch.arange(tokens).split(TOKENS_AT_ONCE)
+    kept = [pattern.kept(part.expand(1, kv_heads, -1), following, heads, kv_heads).sum(2) for part in parts]
+    return int(torch.stack(kept).sum(0).max())
+
+
+def held_keys(pattern: DilatedPattern, length: int, heads: int, kv_heads: int) -> int:
+    """The same, counted in a cache that was filled with random numbers in three parts."""
+    told = Told()
+    layer = PatternLayer(pattern, heads, told, drop_every=1)
+    tokens = length - max(pattern.config.dilation_rates)
+    for start, stop in ((0, tokens // 2), (tokens // 2, tokens - 1), (tokens - 1, tokens)):
+        told.slots = stop
+        layer.update(*torch.randn(2, 1, kv_heads, stop - start, 1))
+    assert layer.keys is not None
+    return layer.keys.shape[2]
+
+
+def measure(lengths: tuple[int, ...], check: bool) -> list[Row]:
+    """Count for all shapes; the rotation is followed over the layers of one period of it."""
+    rows = []
+    for heads, kv_heads in HEADS:
+        for name, options in OFFSETS.items():
+            for length in lengths:
+                config = pattern_for(length, heads, options)
+                layers = min(LAYERS_COUNTED, max(config.dilation_rates)) if config.rotate else 1
+                counts = []
+                for layer in range(layers):
+                    pattern = DilatedPattern(config=config, layer=layer)
+                    counts.append(kept_keys(pattern, length, heads, kv_heads))
+                    if check and length <= CHECKED and counts[-1] != held_keys(pattern, length, heads, kv_heads):
+                        raise SystemExit(f"a cache of {length} tokens holds other keys than {config} says")
+                rows.append(Row(heads, kv_heads, name, length, sum(counts) / len(counts)))
+    return rows
+
+
+def table(rows: list[Row], lengths: tuple[int, ...]) -> str:
+    """Markdown: keys kept for a key-value head, the share of a full cache, and the bytes of a layer."""
+    lines = ["| heads | offset | " + " | ".join(f"{length:,}" for length in lengths) + " |"]
+    lines.append("| --- | --- |" + " --: |" * len(lengths))
+    for heads, kv_heads in HEADS:
+        for name in OFFSETS:
+            own = [row for row in rows if (row.heads, row.kv_heads, row.offset) == (heads, kv_heads, name)]
+            cells = [f"{r.kept:,.0f} ({r.share:.1%}, {r.bytes_per_layer / 2**20:,.0f} MiB)" for r in own]
+            lines.append(f"| {heads}/{kv_heads} | `{name}` | " + " | ".join(cells) + " |")
+    full = [", ".join(f"{2 * n * g * HEAD_SIZE * BYTES / 2**20:,.0f}" for g in (32, 8, 2)) for n in lengths]
+    lines.append("| 32, 8, 2 | full cache | " + " | ".join(f"{cell} MiB" for cell in full) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--check", action="store_true", help="fill caches with random numbers and compare")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    options = parser.parse_args()
+    lengths = tuple(options.lengths)
+    rows = measure(lengths, options.check)
+    print(table(rows, lengths))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

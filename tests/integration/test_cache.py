@@ -1,0 +1,245 @@
+"""Caches that drop keys: the same tokens as with a full cache, in every way of generating."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from hf_dilated import BlockSparseConfig, DilatedConfig
+from hf_dilated.integration.backends import BACKENDS
+from hf_dilated.integration.cache import BlockSparseCache, DilatedCache, PatternCache, PatternLayer
+from hf_dilated.integration.kept import Told, attend_kept, kept_keys
+from hf_dilated.integration.support import UnsupportedError
+from tests.cases import ATTENTION, Config, block_configs, configs
+from tests.tiny_models import tiny_model, tokens
+
+DILATED = DilatedConfig(
+    segment_lengths=(8, 16, 64), dilation_rates=(1, 2, 4), sink_tokens=2, phase="alternate", rotate=True
+)
+COUNT = DilatedConfig.longnet((8, 16, 64), (1, 2, 4))
+BLOCKS = BlockSparseConfig(block_size=4, local_blocks=2, global_blocks=1, dilated_blocks=2)
+PATTERNS: dict[str, Config] = {"dilated": DILATED, "count": COUNT, "blocks": BLOCKS}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "chunked prefill": {"prefill_chunk_size": 7},
+    "beam": {"num_beams": 3},
+    "sampled": {"do_sample": True, "top_k": 5},
+    "several answers": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+def running(family: str, pattern: Config) -> Any:
+    model = tiny_model(family, "block_sparse" if isinstance(pattern, BlockSparseConfig) else "dilated")
+    model.config.hf_dilated = pattern
+    return model
+
+
+def cache_for(model: Any, drop_every: int = 3) -> PatternCache:
+    backend = model.config._attn_implementation
+    return {"dilated": DilatedCache, "block_sparse": BlockSparseCache}[backend](model.config, drop_every=drop_every)
+
+
+def generate(model: Any, ids: Tensor, cache: Any, way: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
+    plan = GenerationConfig(
+        max_new_tokens=20, min_new_tokens=20, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+        **{"do_sample": False} | way,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    output = model.generate(ids, generation_config=plan, past_key_values=cache, **options)
+    return output.sequences, torch.stack(output.logits)
+
+
+def slots(cache: Any) -> int:
+    """Key slots of all layers together."""
+    return sum(layer.keys.shape[2] for layer in cache.layers)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_tokens_as_with_a_full_cache(way: str, padded: bool, pattern: str) -> None:
+    model, ids = running("llama", PATTERNS[pattern]), tokens(2, 70)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :11], mask[1, :3] = 0, 0
+    full, kept = DynamicCache(config=model.config), cache_for(model)
+    expected = generate(model, ids, full, WAYS[way], attention_mask=mask)
+    actual = generate(model, ids, kept, WAYS[way], attention_mask=mask)
+    assert actual[0].tolist() == expected[0].tolist()
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-9, atol=1e-9)
+    assert slots(kept) < 0.8 * slots(full)
+    assert kept.get_seq_length() == full.get_seq_length()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_windowed", "gpt_oss", "gpt2", "qwen3_next"])
+def test_families(family: str) -> None:
+    """Windows keep their own small caches; learned sinks and linear attention stay."""
+    model, ids = running(family, DILATED), tokens(2, 70)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    for way in ("greedy", "beam"):
+        expected = generate(model, ids, DynamicCache(config=model.config), WAYS[way], attention_mask=mask)
+        cache = cache_for(model)
+        actual = generate(model, ids, cache, WAYS[way], attention_mask=mask)
+        assert actual[0].tolist() == expected[0].tolist()
+        torch.testing.assert_close(actual[1], expected[1], rtol=1e-6, atol=1e-6)
+    assert any(isinstance(layer, PatternLayer) and layer.has_dropped for layer in cache.layers)
+
+
+def test_dense_layers_keep_everything() -> None:
+    pattern = DilatedConfig(segment_lengths=(8, 16), dilation_rates=(1, 2), dense_layers=(0,))
+    model, ids = running("llama", pattern), tokens(1, 70)
+    cache = cache_for(model)
+    expected = generate(model, ids, DynamicCache(config=model.config), {})
+    assert generate(model, ids, cache, {})[0].tolist() == expected[0].tolist()
+    dense, dilated = cache.layers
+    assert dense.keys.shape[2] == 89
+    assert dilated.keys.shape[2] < 30
+
+
+def test_a_conversation_goes_on() -> None:
+    """Later turns bring several tokens at once to a cache that has dropped."""
+    model, ids = running("llama", DILATED), tokens(2, 120)
+    caches = cache_for(model), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for start, stop in ((0, 50), (50, 51), (51, 90), (90, 120)):
+            actual, expected = (model(ids[:, start:stop], past_key_values=cache).logits for cache in caches)
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Any, ...]:
+    torch.manual_seed(draw(st.integers(0, 1 << 16)))
+    config = draw(st.one_of(configs(), block_configs(40)))
+    rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 40))
+    cuts = sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=6)))
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    match draw(st.sampled_from(["whole", "left", "anywhere"])):
+        case "left":
+            mask = torch.arange(length) >= torch.arange(rows)[:, None] * 5
+        case "anywhere":
+            mask = torch.rand(rows, length) < 0.8
+    heads = draw(st.sampled_from([(2, 2), (4, 2), (6, 1), (6, 3)]))
+    return config, mask, [0, *cuts, length], heads, draw(st.integers(0, 3)), draw(st.integers(1, 4))
+
+
+@settings(max_examples=80, deadline=None)
+@given(problem=problems(), with_sinks=st.booleans())
+def test_layers_against_the_oracle(problem: tuple[Any, ...], with_sinks: bool) -> None:
+    """Any chunks, padding anywhere, and what is dropped cannot be found again."""
+    config, mask, cuts, (H, G), ordinal, drop_every = problem
+    backend = BACKENDS["dilated" if isinstance(config, DilatedConfig) else "block_sparse"]
+    told = Told()
+    try:
+        layer = PatternLayer(backend.pattern(config, ordinal), H, told, drop_every)
+    except UnsupportedError:
+        assert any(parts.random_blocks for parts in config.parts(ordinal))
+        return
+    B, M = mask.shape
+    query, key, value = (torch.randn(B, n, M, 4, dtype=torch.float64) for n in (H, G, G))
+    positions = torch.where(mask, mask.long().cumsum(1) - 1, -1)
+    sinks = torch.randn(H, dtype=torch.float64) if with_sinks else None
+    right, lse = ATTENTION[type(config)][1](
+        query, key, value, config, key_positions=positions, layer=ordinal, return_lse=True
+    )
+    if sinks is not None:
+        right = right * torch.sigmoid(lse - sinks[:, None]).unsqueeze(-1)
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        if start == stop:
+            continue
+        told.slots, told.positions = stop, None if mask.all() else positions[:, :stop]
+        k, v = layer.update(key[:, :, start:stop], value[:, :, start:stop])
+        if (kept := kept_keys(k)) is None:
+            assert torch.equal(k, key[:, :, :stop])
+            continue
+        output = attend_kept(
+            query[:, :, start:stop],
+            k,
+            v,
+            layer.pattern,
+            kept,
+            are_whole=bool(mask[:, :stop].all()),
+            scale=None,
+            sink_logits=sinks,
+        )
+        torch.testing.assert_close(output, right[:, :, start:stop], rtol=0, atol=1e-11)
+
+
+def test_the_number_of_keys_is_that_of_the_pattern() -> None:
+    """A segment of w tokens and, of the larger ones, every r-th token for each head."""
+    config = DilatedConfig(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4))
+    told = Told()
+    layer = PatternLayer(BACKENDS["dilated"].pattern(config, 0), 4, told, 1)
+    key = torch.randn(1, 4, 255, 8)
+    told.slots = 255
+    layer.update(key, key)
+    assert layer.keys.shape[2] == 63 + 32 + 32  # the last token on residue 0 is still to come for none of the heads
+    assert layer.keys.untyped_storage().nbytes() == 127 * 4 * 8 * 4
+
+
+def test_other_patterns_and_heads_are_refused() -> None:
+    model = running("llama", DILATED)
+    cache = cache_for(model)
+    ids = tokens(1, 70)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model.config.hf_dilated = COUNT
+        with pytest.raises(UnsupportedError, match="made for another pattern"):
+            model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="attn_implementation='dilated', not 'block_sparse'"):
+        BlockSparseCache(model.config)
+    with pytest.raises(UnsupportedError, match="attn_implementation='sdpa', not 'dilated'"):
+        DilatedCache(tiny_model("llama", "sdpa").config)
+    with pytest.raises(ValueError, match="drop_every: expected at least 1"):
+        DilatedCache(model.config, drop_every=0)
+
+
+def test_patterns_that_never_forget_are_refused() -> None:
+    model = running("llama", BlockSparseConfig(block_size=4, local_blocks=2, random_blocks=1))
+    with pytest.raises(UnsupportedError, match="random_blocks: a later token may choose any block.*DynamicCache"):
+        cache_for(model)
+
+
+@pytest.mark.parametrize("way", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}])
+def test_tokens_cannot_be_taken_back(way: dict[str, Any]) -> None:
+    model, ids = running("llama", DILATED), tokens(1, 70).repeat(1, 2)[:, :90]
+    more = {"assistant_model": tiny_model("llama", "sdpa")} if way.pop("assistant", False) else {}
+    with pytest.raises((UnsupportedError, ValueError), match="cannot take tokens back|croppable"):
+        generate(model, ids, cache_for(model), way, **more)
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "quantized", "static"])
+def test_other_caches_do_not_mix(implementation: str) -> None:
+    model = running("llama", DILATED)
+    with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
+        generate(model, tokens(1, 9), cache_for(model), {"cache_implementation": implementation})
+
+
+def test_what_the_cache_is_not_told_of_is_refused() -> None:
+    model, ids = running("llama", DILATED), tokens(1, 70)
+    cache = cache_for(model)
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="the mask told of -1 tokens, the cache has 70"):
+        cache.layers[0].update(torch.zeros(1, 2, 70, 8), torch.zeros(1, 2, 70, 8))
+    cache = cache_for(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        positions = torch.tensor([[70, 71, 0, 1]])
+        with pytest.raises(UnsupportedError, match="documents packed into a row"):
+            model(ids[:, :4], position_ids=positions, past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="no gradients flow through dropped keys"):
+        model(ids[:, :3], past_key_values=cache)
+
+
+def test_it_can_be_used_again() -> None:
+    model, ids = running("llama", DILATED), tokens(2, 70)
+    cache = cache_for(model)
+    first = generate(model, ids, cache, {})
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert generate(model, ids, cache, {})[0].tolist() == first[0].tolist()
+    cache.batch_repeat_interleave(2)
+    assert len(cache.layers[0].keys) == 4
