@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def long_lora(model: nn.Module, *, rank: int = 8, alpha: int | None = None, dropout: float = 0.0) -> "LoraConfig":
+def long_lora(model: Any, *, rank: int = 8, alpha: int | None = None, dropout: float = 0.0) -> "LoraConfig":
     """Return the PEFT configuration: low rank on the projections of attention, embeddings and norms in full.
 
     Args:
@@ -19,7 +19,7 @@ def long_lora(model: nn.Module, *, rank: int = 8, alpha: int | None = None, drop
         dropout: Of the adapters' input.
 
     Raises:
-        ValueError: If the model has no attention with linear projections.
+        ValueError: If the model has no attention with linear projections, or PEFT would untie its embeddings.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,6 +31,7 @@ def long_lora(model: nn.Module, *, rank: int = 8, alpha: int | None = None, drop
         ['embed_tokens', 'input_layernorm', 'norm', 'post_attention_layernorm']
     """
     from peft import LoraConfig
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
     projections, whole = set(), set()
     for name, module in model.named_modules():
@@ -41,7 +42,12 @@ def long_lora(model: nn.Module, *, rank: int = 8, alpha: int | None = None, drop
             whole.add(last)
     if not projections:
         raise ValueError(f"{type(model).__name__} has no attention with linear projections; train it in full")
-    options: dict[str, Any] = {"ensure_weight_tying": True} if _is_tied(model) else {}
+    is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    if is_tied and not whole.intersection(EMBEDDING_LAYER_NAMES):
+        raise ValueError(
+            f"{type(model).__name__} ties its output to embeddings that PEFT does not know as such and would untie; "
+            "train it in full, or load it with tie_word_embeddings=False"
+        )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -49,7 +55,7 @@ def long_lora(model: nn.Module, *, rank: int = 8, alpha: int | None = None, drop
         lora_dropout=dropout,
         target_modules=sorted(projections),
         modules_to_save=sorted(whole),
-        **options,
+        ensure_weight_tying=is_tied,
     )
 
 
@@ -58,7 +64,3 @@ def _in_attention(model: nn.Module, name: str) -> bool:
     return any(
         "Attention" in type(model.get_submodule(".".join(parents[:n]))).__name__ for n in range(1, len(parents) + 1)
     )
-
-
-def _is_tied(model: Any) -> bool:
-    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))

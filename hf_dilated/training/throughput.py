@@ -45,6 +45,7 @@ class ThroughputMixin(Base):
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         now = time.perf_counter()
-        tokens = self._tokens * self.accelerator.num_processes
+        readers = self.accelerator.num_processes // getattr(self, "sequence_parallel_size", 1)
+        tokens = self._tokens * readers
         self._tokens, self._since = 0, now
         return {"tokens_per_second": round(tokens / (now - since), 1), "peak_memory_gib": round(peak / 2**30, 3)}

@@ -22,13 +22,13 @@ PROJECTIONS = {
 
 def adapted(family: str, **options: Any) -> Any:
     torch.manual_seed(0)
-    model = tiny_model(family, "dilated", hf_dilated=PATTERN, **options)
+    model = tiny_model(family, "dilated", hf_dilated=PATTERN, **{"tie_word_embeddings": False} | options)
     return peft.get_peft_model(model, long_lora(model, rank=2), autocast_adapter_dtype=False)
 
 
 @pytest.mark.parametrize("family", PROJECTIONS)
 def test_projections_get_adapters_and_embeddings_and_norms_learn(family: str) -> None:
-    plain = tiny_model(family)
+    plain = tiny_model(family, tie_word_embeddings=False)
     assert set(long_lora(plain).target_modules) == PROJECTIONS[family]
     model = adapted(family)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -63,6 +63,12 @@ def test_saving_and_merging_keep_what_was_learnt(tmp_path: Path, tied: bool) -> 
     assert not any("lora" in name for name, _ in merged.named_parameters())
     if tied:
         assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_embeddings_that_would_be_untied_are_refused(family: str) -> None:
+    with pytest.raises(ValueError, match="ties its output to embeddings that PEFT does not know"):
+        long_lora(tiny_model(family, tie_word_embeddings=True))
 
 
 def test_a_model_without_projections_is_refused() -> None:
