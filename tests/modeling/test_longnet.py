@@ -131,6 +131,15 @@ def test_padding_changes_nothing(side: str, model_class: Any) -> None:
     assert found.isfinite().all()
 
 
+def test_packed_documents_are_apart() -> None:
+    model, ids = build(), tokens(1, 40)
+    positions = torch.cat([torch.arange(17), torch.arange(23)])[None]
+    packed = logits(model, ids, position_ids=positions)
+    apart = torch.cat([logits(model, ids[:, :17]), logits(model, ids[:, 17:])], 1)
+    torch.testing.assert_close(packed, apart)
+    assert (logits(model, ids) - apart).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generation_goes_on_as_the_whole_text_is_read(encoding: str, cache: str | None) -> None:
