@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_dilated.engine.plan import Selection, View
+from hf_dilated.memory import BufferType, buffers
 
 TILE = 32
 
@@ -108,8 +109,8 @@ def _gather_kernel(
 def gather(selection: Selection, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the selected rows (T, h, D) of up to three tensors (B, H, N, D) of one shape."""
     T, h, D = len(selection.tokens), selection.heads.shape[1], tensors[0].shape[3]
-    gathered = tensors[0].new_empty(len(tensors), T, h, D).unbind()
     first, second, third = (tensors * 3)[:3]
+    gathered = buffers.empty(BufferType.TEMP, (len(tensors), T, h, D), first.dtype, first.device).unbind()
     _gather_kernel[(triton.cdiv(T, TILE) * h,)](
         *(gathered * 3)[:3], first, second, third, *selection.tables(first.device), T, h, first.shape[2],
         *first.stride()[:3], *second.stride()[:3], *third.stride()[:3],
@@ -126,7 +127,7 @@ class FusedOutput:
         self.dtype = dtype or query.dtype
         self.shape = (B, N, H, value_size)
         self.query = query
-        self.lse = query.new_empty((B, H, N), dtype=torch.float32)
+        self.lse = buffers.empty(BufferType.OUTPUT, (B, H, N), torch.float32, query.device)
         self.output: Tensor | None = None
 
     def add(self, selection: Selection, part: Tensor, part_lse: Tensor, is_first: bool) -> None:
@@ -153,7 +154,7 @@ class FusedOutput:
         return self.output.transpose(1, 2).to(self.query.dtype), self.lse
 
     def _start_empty(self) -> None:
-        self.output = self.query.new_zeros(self.shape, dtype=self.dtype)
+        self.output = buffers.full(BufferType.OUTPUT, self.shape, 0.0, self.dtype, self.query.device)
         self.lse.fill_(-math.inf)
 
 
@@ -184,7 +185,7 @@ class FusedGradient:
         if selection.view is not None and _covers(selection.view, part, self.shape):
             self.total = part.transpose(1, 2).view(self.shape).to(self.dtype)
             return True
-        self.total = self.like.new_zeros(self.shape, dtype=self.dtype)
+        self.total = buffers.full(BufferType.OUTPUT, self.shape, 0.0, self.dtype, self.like.device)
         return False
 
     def result(self) -> Tensor:
