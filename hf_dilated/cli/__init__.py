@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 import hf_dilated
+from hf_dilated.cli.card import card
 from hf_dilated.cli.console import console
 from hf_dilated.cli.evaluate import evaluate
 from hf_dilated.cli.info import info
@@ -31,3 +32,4 @@ app.command()(unpatch)
 app.command()(profile)
 app.command()(evaluate)
 app.command("lm-eval")(lm_eval)
+app.command()(card)

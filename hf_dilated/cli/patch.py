@@ -64,7 +64,7 @@ def patch(
         _run(plan, dry_run, as_json)
     if not (dry_run or as_json):
         console.print("load it with\n")
-        console.print(plan.load_statement(), markup=False, highlight=False)
+        console.print(plan.load_statement, markup=False, highlight=False)
 
 
 def unpatch(

@@ -11,6 +11,7 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from hf_dilated.integration.loading import load_statement
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.report import ModelReport
 from hf_dilated.patching import remote_code as code
@@ -45,6 +46,7 @@ class CheckpointPlan:
         copied: Small files that are copied.
         written: Small files that are written anew, and their text.
         is_linked: Whether weights become hard links; otherwise they are copied piece by piece.
+        load_statement: The lines that load the checkpoint.
         report: What every layer of the patched model runs; None when a patch is taken back.
     """
 
@@ -54,6 +56,7 @@ class CheckpointPlan:
     copied: tuple[str, ...]
     written: Mapping[str, str]
     is_linked: bool
+    load_statement: str
     report: ModelReport | None = None
 
     @property
@@ -85,14 +88,6 @@ class CheckpointPlan:
             values["layers"] = dict(layers)
             values["exactly_dense_up_to"] = self.report.dense_length
         return values
-
-    def load_statement(self) -> str:
-        """The lines that load the checkpoint."""
-        return (
-            "import hf_dilated  # registers the attention backend\n"
-            "from transformers import AutoModelForCausalLM\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{self.destination}")'
-        )
 
     def execute(self, progress: Progress | None = None) -> None:
         """Write the checkpoint: complete, or not at all.
@@ -161,7 +156,7 @@ def plan_patch(
         written[code.FILE] = code.module_source(config.auto_map)
     weights = read_weights(folder)
     _check_fits(weights, before)
-    return _plan(folder, destination, weights, written | _config_file(folder, before, config), link, report)
+    return _plan(folder, destination, config, weights, written | _config_file(folder, before, config), link, report)
 
 
 def patch_checkpoint(source: str | Path, destination: str | Path, **options: Any) -> CheckpointPlan:
@@ -213,7 +208,7 @@ def plan_unpatch(
     written = _config_file(folder, before, config)
     if LIMIT in original and not keep_rope and (folder / TOKENIZER).is_file():
         written |= _tokenizer_file(folder, original[LIMIT])
-    return _plan(folder, destination, read_weights(folder), written, link, None)
+    return _plan(folder, destination, config, read_weights(folder), written, link, None)
 
 
 def unpatch_checkpoint(source: str | Path, destination: str | Path, **options: Any) -> CheckpointPlan:
@@ -238,7 +233,13 @@ def unpatch_checkpoint(source: str | Path, destination: str | Path, **options: A
 
 
 def _plan(
-    folder: Path, destination: Path, weights: Weights, written: dict[str, str], link: bool, report: ModelReport | None
+    folder: Path,
+    destination: Path,
+    config: Any,
+    weights: Weights,
+    written: dict[str, str],
+    link: bool,
+    report: ModelReport | None,
 ) -> CheckpointPlan:
     own_code = () if code.FILE in written else (code.FILE,)
     index = () if weights.index is None else (weights.index,)
@@ -250,6 +251,7 @@ def _plan(
         copied=(*copied, *index),
         written=written,
         is_linked=link and can_link(folder / next(iter(weights.files)), destination),
+        load_statement=load_statement(config, str(destination)),
         report=report,
     )
 

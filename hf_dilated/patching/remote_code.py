@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from transformers.models.auto import modeling_auto
-
+from hf_dilated.integration.loading import auto_classes
 from hf_dilated.patching.errors import PatchError
 
 MODULE = "modeling_hf_dilated"
@@ -28,12 +27,10 @@ def auto_map(config: Any) -> dict[str, str]:
     """
     if getattr(config, "auto_map", None):
         raise PatchError("remote_code: the checkpoint brings code of its own; leave the option out")
-    auto_classes = {name: found for name, found in vars(modeling_auto).items() if name.startswith("AutoModel")}
-    models = {name: found._model_mapping.get(type(config), None) for name, found in auto_classes.items()}
-    classes = {name: model.__name__ for name, model in models.items() if isinstance(model, type)}
+    classes = auto_classes(config)
     if not classes:
         raise PatchError(f"remote_code: Transformers has no AutoClass for {type(config).__name__}")
-    return {name: f"{MODULE}.{model}" for name, model in sorted(classes.items())}
+    return {name: f"{MODULE}.{model}" for name, model in classes.items()}
 
 
 def module_source(classes: dict[str, str]) -> str:

@@ -193,7 +193,7 @@ def test_a_plan_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
     plan = plan_patch(checkpoint, tmp_path / "new" / "long", max_position_embeddings=512)
     assert json.dumps(plan.to_dict())
     assert plan.to_dict()["layers"] == {"pattern": 2}
-    assert "from_pretrained" in plan.load_statement()
+    assert "from_pretrained" in plan.load_statement
     assert set(tmp_path.iterdir()) == {checkpoint}
 
 

@@ -1,0 +1,48 @@
+"""``hf-dilated card``: the model card of a checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from hf_dilated.cards import CardError, write_card
+from hf_dilated.cli.console import console, errors
+from hf_dilated.config import ConfigError
+from hf_dilated.integration.report import ReportError
+from hf_dilated.integration.support import UnsupportedError
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint that selects a backend.", file_okay=False)],
+    evaluation: Annotated[
+        Path | None, typer.Option(help="report.json of `hf-dilated evaluate`.", exists=True, dir_okay=False)
+    ] = None,
+    training: Annotated[
+        Path | None, typer.Option(help="training.json: data, recipe, hardware.", exists=True, dir_okay=False)
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name on the Hub, user/model; by default the folder's.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Name on the Hub of the model it was made from.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence, as the Hub knows it, such as apache-2.0.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Language codes; repeat it.")] = None,
+    limit: Annotated[list[str] | None, typer.Option(help="What else a reader must know; repeat it.")] = None,
+) -> None:
+    """Write README.md: metadata, backend and exact pattern, how to load it, training, evaluation, limits.
+
+    Exits with 1 if the folder holds no backend, has a card already, or the evaluation is another pattern's.
+    """
+    try:
+        path = write_card(
+            folder,
+            evaluation=evaluation,
+            training=training,
+            name=name,
+            base_model=base_model,
+            license=license,
+            language=language or None,
+            limits=limit or (),
+        )
+    except (CardError, ConfigError, UnsupportedError, ReportError, OSError) as error:
+        errors.print(f"[bold red]refused[/] {escape(str(error))}")
+        raise typer.Exit(1) from error
+    console.print(f"{escape(str(path))}; publish the folder with `hf upload {escape(name or 'user/model')} {folder}`")

@@ -1,0 +1,41 @@
+"""What to type to load a checkpoint."""
+
+from typing import Any
+
+from transformers.models.auto import modeling_auto
+
+DEFAULT = "AutoModel"
+
+
+def auto_classes(config: Any) -> dict[str, str]:
+    """The model classes of a configuration by the names of the AutoClasses that lead to them.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> auto_classes(LlamaConfig())["AutoModelForCausalLM"]
+        'LlamaForCausalLM'
+    """
+    found = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
+    models = {name: auto._model_mapping.get(type(config), None) for name, auto in found.items()}
+    return {name: model.__name__ for name, model in sorted(models.items()) if isinstance(model, type)}
+
+
+def load_statement(config: Any, path: str) -> str:
+    """Return the lines that load a checkpoint of this configuration.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> print(load_statement(LlamaConfig(architectures=["LlamaForCausalLM"]), "long"))
+        import hf_dilated  # registers the attention backend
+        from transformers import AutoModelForCausalLM
+        <BLANKLINE>
+        model = AutoModelForCausalLM.from_pretrained("long")
+    """
+    classes = auto_classes(config)
+    architectures = config.architectures or ()
+    auto_class = next((name for name, model in classes.items() if model in architectures), DEFAULT)
+    return (
+        "import hf_dilated  # registers the attention backend\n"
+        f"from transformers import {auto_class}\n\n"
+        f'model = {auto_class}.from_pretrained("{path}")'
+    )
