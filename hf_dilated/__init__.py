@@ -15,12 +15,20 @@ from hf_dilated.factory import (
     create_block_sparse_attention,
     create_dilated_attention,
     create_multihead_dilated_attention,
+from hf_dilated.distributed import (
+    DisagreementError,
+    RankLostError,
+    SequenceLayout,
+    ring_attention,
+    sequence_parallel,
 )
 from hf_dilated.functional import block_sparse_attention, dilated_attention
 from hf_dilated.integration.cache import BlockSparseCache, DilatedCache
 from hf_dilated.integration.memory import model_memory
 from hf_dilated.integration.registration import register
 from hf_dilated.memory import AttentionBufferManager, BufferType, MemoryPolicy, MemoryPool, auto_configure_memory_pool
+from hf_dilated.integration.ring import ring_generate
+from hf_dilated.memory import MemoryPolicy, MemoryPool, auto_configure_memory_pool
 from hf_dilated.patching import PatchError, patch_checkpoint, patch_model, unpatch_checkpoint, unpatch_model
 
 __version__ = "0.1.0"
@@ -33,10 +41,12 @@ __all__ = [
     "ConfigError",
     "DilatedCache",
     "DilatedConfig",
+    "DisagreementError",
     "MemoryConfig",
     "MemoryPolicy",
     "MemoryPool",
     "PatchError",
+    "RankLostError",
     "RingConfig",
     "SequenceLayout",
     "StoredConfig",
@@ -51,6 +61,8 @@ __all__ = [
     "patch_checkpoint",
     "patch_model",
     "ring_attention",
+    "ring_generate",
+    "sequence_parallel",
     "unpatch_checkpoint",
     "unpatch_model",
 ]

@@ -1,6 +1,7 @@
 """Ring attention as data."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -8,7 +9,7 @@ from typing import Any, Literal, get_args
 from hf_dilated.config.checks import at_least, integer, known_fields, one_of
 
 Placement = Literal["auto", "zigzag", "contiguous"]
-Transport = Literal["auto", "gather", "exchange", "heads", "rows", "symmetric"]
+Transport = Literal["auto", "gather", "exchange", "heads", "rows"]
 
 GIBIBYTE = 1 << 30
 
@@ -25,9 +26,9 @@ class RingConfig:
             tokens. ``"auto"`` takes zigzag for dense causal attention, contiguous otherwise.
         transport: How keys and values travel. ``"gather"``: all at once to every rank. ``"exchange"``: shard by shard,
             the next one while one is computed with. ``"heads"``: tokens for heads, so that a rank attends with some
-            heads to everything (heads must divide). ``"rows"``: only the rows that a rank's queries see.
-            ``"symmetric"``: as gather, pulled over NVLink from symmetric memory. ``"auto"`` takes rows for patterns
-            and windows; for dense attention gather while it needs at most ``gather_bytes``, exchange beyond.
+            heads to everything (heads must divide). ``"rows"``: only the rows that a rank's queries see. ``"auto"``
+            takes rows for patterns and windows, for dense attention gather while that needs at most ``gather_bytes``,
+            and exchange beyond.
         gather_bytes: Most bytes of gathered keys and values that a rank keeps for a moment.
         timeout_seconds: After this time without a sign of life, a rank counts as lost and the others stop.
 
@@ -50,6 +51,25 @@ class RingConfig:
         for name, least in (("gather_bytes", 0), ("timeout_seconds", 1)):
             object.__setattr__(self, name, integer(name, getattr(self, name)))
             at_least(name, (getattr(self, name),), least)
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Layers that run another pattern than the others: none."""
+        return ()
+
+    @property
+    def depends_on_layer(self) -> bool:
+        """Whether two layers may run different patterns."""
+        return False
+
+    def dense_length(self, layer: int = 0) -> int:
+        """Longest document, in tokens, that ``layer`` attends to exactly as dense attention does: any."""
+        return sys.maxsize
+
+    @classmethod
+    def from_model_config(cls, config: Any, max_length: int | None = None) -> "RingConfig":
+        """Return the defaults, which suit any model."""
+        return cls()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, the inverse of :meth:`from_dict`."""

@@ -8,9 +8,15 @@ from hf_dilated.config.block_sparse import BlockSparseConfig
 from hf_dilated.config.checks import ConfigError, known_fields
 from hf_dilated.config.dilated import DilatedConfig
 from hf_dilated.config.memory import MemoryConfig
+from hf_dilated.config.ring import RingConfig
 
 STORED_VERSION = 1
-PARTS: dict[str, Any] = {"dilated": DilatedConfig, "block_sparse": BlockSparseConfig, "memory": MemoryConfig}
+PARTS: dict[str, Any] = {
+    "dilated": DilatedConfig,
+    "block_sparse": BlockSparseConfig,
+    "ring": RingConfig,
+    "memory": MemoryConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +26,7 @@ class StoredConfig:
     Args:
         attn_implementation: The backend that runs.
         dilated: Its pattern, if it is dilated.
+        ring: How sequences are spread over ranks.
         memory: Settings of memory that a user made.
         original: Values of ``config.json`` that patching a checkpoint has replaced; None if it was not patched.
 
@@ -33,6 +40,7 @@ class StoredConfig:
     attn_implementation: str | None = None
     dilated: DilatedConfig | None = None
     block_sparse: BlockSparseConfig | None = None
+    ring: RingConfig | None = None
     memory: MemoryConfig | None = None
     original: Mapping[str, Any] | None = None
 

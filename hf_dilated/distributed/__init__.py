@@ -1,6 +1,15 @@
-"""One sequence over many devices: layout, transports and attention."""
+"""One sequence over many devices: layout, transports, attention, and ranks that stay together."""
 
+from hf_dilated.distributed.agreement import DisagreementError, RankLostError
 from hf_dilated.distributed.layout import SequenceLayout
 from hf_dilated.distributed.ring import ring_attention
+from hf_dilated.distributed.session import SequenceParallel, sequence_parallel
 
-__all__ = ["SequenceLayout", "ring_attention"]
+__all__ = [
+    "DisagreementError",
+    "RankLostError",
+    "SequenceLayout",
+    "SequenceParallel",
+    "ring_attention",
+    "sequence_parallel",
+]

@@ -4,8 +4,9 @@ Everything travels as bytes, so every dtype does on every backend. Calls return 
 stream (on a CPU: the program) wait for the data.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,14 +24,25 @@ class Arrival:
     """A tensor on its way."""
 
     tensor: Tensor
-    works: list[Any] = field(default_factory=list)
-    sent: Tensor | None = None  # must live until it has left
+    works: list[Any]
+    sent: Tensor  # must live until it has left
+    wire: "Wire"
 
     def wait(self) -> Tensor:
-        """Return the tensor once it is complete."""
-        for work in self.works:
-            work.wait()
-        self.works, self.sent = [], None
+        """Return the tensor once it is complete.
+
+        Raises:
+            RuntimeError: If the communication fails or takes too long; a session names the rank behind it.
+        """
+        try:
+            for work in self.works:
+                if self.tensor.is_cuda:  # only the stream waits
+                    work.wait()
+                else:
+                    work.wait(self.wire.timeout)
+        except RuntimeError as error:
+            raise self.wire.explain(error) from error
+        self.works = []
         return self.tensor
 
 
@@ -41,6 +53,13 @@ class Wire:
     group: dist.ProcessGroup
     rank: int
     ranks: int
+    explain: Callable[[RuntimeError], RuntimeError] = lambda error: error
+    timeout_seconds: int | None = None
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long to wait; zero leaves it to the group."""
+        return timedelta(seconds=self.timeout_seconds or 0)
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> "Wire":
@@ -52,7 +71,7 @@ class Wire:
         sent = x.contiguous()
         out = _buffer(sent, self.ranks, *sent.shape)
         work = _all_gather(_bytes(out), _bytes(sent), group=self.group, async_op=True)
-        return Arrival(out, [work], sent)
+        return Arrival(out, [work], sent, self)
 
     def shift(self, x: Tensor, distance: int, *, sends: bool = True, receives: int) -> Arrival:
         """Send x (T, …) to the rank ``distance`` places on; receive ``receives`` rows from the one as far back.
@@ -65,7 +84,7 @@ class Wire:
         ops = [dist.P2POp(dist.isend, _bytes(sent), group=self.group, group_peer=to)] if sends else []
         if receives:
             ops.append(dist.P2POp(dist.irecv, _bytes(out), group=self.group, group_peer=from_))
-        return Arrival(out, list(dist.batch_isend_irecv(ops)) if ops else [], sent)
+        return Arrival(out, list(dist.batch_isend_irecv(ops)) if ops else [], sent, self)
 
     def exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival:
         """Send the first ``send[0]`` rows of x (R, …) to rank 0 and so on; receive ``receive[s]`` rows from rank s."""
@@ -76,7 +95,7 @@ class Wire:
             _bytes(out), _bytes(sent), [n * row for n in receive], [n * row for n in send], group=self.group,
             async_op=True,
         )  # fmt: skip
-        return Arrival(out, [work], sent)
+        return Arrival(out, [work], sent, self)
 
 
 def _buffer(like: Tensor, *shape: int) -> Tensor:

@@ -33,7 +33,8 @@ class SequenceLayout:
         slots: Slots of a row of a shard.
         kind: ``"zigzag"`` or ``"contiguous"``.
         documents: Where documents lie among the real tokens.
-        column: (T,) column of every real token in the batch.
+        row: (T,) row of every real token in the batch.
+        column: (T,) its column.
         position: (T,) its index within its document.
         shards: The tokens of every rank, at flat places ``row * slots + slot``.
 
@@ -49,6 +50,7 @@ class SequenceLayout:
     slots: int
     kind: Kind
     documents: Documents
+    row: Integers
     column: Integers
     position: Integers
     shards: tuple[Shard, ...]
@@ -79,17 +81,25 @@ class SequenceLayout:
 
     def columns(self, rank: int) -> Tensor:
         """Column of the batch (B, slots) of every slot of a shard, -1 for empty ones."""
-        columns = np.full(self.rows * self.slots, EMPTY)
-        shard = self.shards[rank]
-        columns[shard.places] = self.column[shard.tokens]
-        return torch.from_numpy(columns.reshape(self.rows, self.slots))
+        return self._spread(self.column, rank)
 
     def positions(self, rank: int) -> Tensor:
         """Index within its document (B, slots) of every token of a shard, -1 for empty slots."""
-        positions = np.full(self.rows * self.slots, EMPTY)
+        return self._spread(self.position, rank)
+
+    def last_document(self, rank: int) -> Tensor:
+        """The same for tokens of every row's last document, -1 for all others."""
+        token = np.arange(len(self.row))
+        first = np.zeros(self.rows, dtype=np.int64)
+        starts = token[self.position == 0]
+        np.maximum.at(first, self.row[starts], starts)
+        return self._spread(np.where(token >= first[self.row], self.position, EMPTY), rank)
+
+    def _spread(self, of_token: Integers, rank: int) -> Tensor:
+        spread = np.full(self.rows * self.slots, EMPTY)
         shard = self.shards[rank]
-        positions[shard.places] = self.position[shard.tokens]
-        return torch.from_numpy(positions.reshape(self.rows, self.slots))
+        spread[shard.places] = of_token[shard.tokens]
+        return torch.from_numpy(spread.reshape(self.rows, self.slots))
 
     def shard(self, x: Tensor, rank: int, empty: float = 0) -> Tensor:
         """Take a rank's slice (B, slots, …) of x (B, N, …).
@@ -149,7 +159,7 @@ def _layout(positions: bytes, shape: tuple[int, int], ranks: int, kind: Kind, sh
         held[rank, of_row] += count
     slots = max(int(held.max(initial=0)), 1)
     return SequenceLayout(
-        shape[0], shape[1], ranks, slots, kind, documents, column, position, tuple(_shards(runs, ranks, slots))
+        shape[0], shape[1], ranks, slots, kind, documents, row, column, position, tuple(_shards(runs, ranks, slots))
     )
 
 

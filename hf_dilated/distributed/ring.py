@@ -13,6 +13,7 @@ from hf_dilated.distributed.accumulate import attend
 from hf_dilated.distributed.communication import Wire
 from hf_dilated.distributed.heads import attend_by_heads
 from hf_dilated.distributed.layout import SequenceLayout
+from hf_dilated.distributed.session import active
 from hf_dilated.distributed.shares import Problem, own_plan
 from hf_dilated.distributed.transports import Exchange, Gather, Here, SeenRows
 from hf_dilated.engine import kernels
@@ -45,7 +46,7 @@ def ring_attention(
         key: (B, G, n, D), G a divisor of H: grouped heads are not repeated, neither here nor on the way.
         value: (B, G, n, Dv).
         layout: Which rank holds which tokens. All ranks must have the same.
-        group: The ranks; None is this process alone.
+        group: The ranks; None takes those of the open ``sequence_parallel``, or else this process alone.
         pattern: Who attends to whom: ``DensePattern()`` (the default), a windowed or a ``DilatedPattern``.
         is_causal: Whether tokens see only earlier ones.
         scale: Factor of the scores; ``1 / sqrt(D)`` by default.
@@ -73,7 +74,8 @@ def ring_attention(
             "ring attention cannot be compiled: mark the model's layers with torch.compiler.disable"
         )
     check_inputs(query, key, value, None, sink_logits)
-    wire = None if group is None else Wire.of(group)
+    session = active()
+    wire = Wire.of(group) if group is not None else session.wire if session else None
     _check_layout(query, key, layout, 1 if wire is None else wire.ranks)
     problem = Problem(
         layout=layout,

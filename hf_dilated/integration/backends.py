@@ -1,14 +1,15 @@
 """The backends: a name, the configuration that belongs to it, and the pattern that a layer runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from hf_dilated.config import BlockSparseConfig, DilatedConfig
+from hf_dilated.config import BlockSparseConfig, DilatedConfig, RingConfig
 from hf_dilated.functional import attend
-from hf_dilated.patterns import BlockSparsePattern, DilatedPattern, Pattern
+from hf_dilated.integration import ring
+from hf_dilated.patterns import BlockSparsePattern, DensePattern, DilatedPattern, Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,24 +36,38 @@ class Backend:
     attend: Callable[..., Tensor | tuple[Tensor, Tensor]] = attend
 
 
+def _across_ranks(backend: Backend) -> Backend:
+    """The same pattern over sequences that are spread over ranks."""
+    return replace(backend, name=f"ring_{backend.name}", attend=ring.attend)
+
+
+ALONE = (
+    Backend(
+        name="dilated",
+        part="dilated",
+        config_class=DilatedConfig,
+        example="DilatedConfig(segment_lengths=…, …)",
+        layer_options="phase, rotate",
+        pattern=lambda config, layer: DilatedPattern(config=config, layer=layer),
+    ),
+    Backend(
+        name="block_sparse",
+        part="block_sparse",
+        config_class=BlockSparseConfig,
+        example="BlockSparseConfig(local_blocks=…, …)",
+        layer_options="several layers",
+        pattern=lambda config, layer: BlockSparsePattern(config=config, layer=layer),
+    ),
+)
+DENSE = Backend(
+    name="ring",
+    part="ring",
+    config_class=RingConfig,
+    example="RingConfig()",
+    layer_options="none",
+    pattern=lambda config, layer: DensePattern(),
+    attend=ring.attend,
+)
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend
-    for backend in (
-        Backend(
-            name="dilated",
-            part="dilated",
-            config_class=DilatedConfig,
-            example="DilatedConfig(segment_lengths=…, …)",
-            layer_options="phase, rotate",
-            pattern=lambda config, layer: DilatedPattern(config=config, layer=layer),
-        ),
-        Backend(
-            name="block_sparse",
-            part="block_sparse",
-            config_class=BlockSparseConfig,
-            example="BlockSparseConfig(local_blocks=…, …)",
-            layer_options="several layers",
-            pattern=lambda config, layer: BlockSparsePattern(config=config, layer=layer),
-        ),
-    )
+    backend.name: backend for backend in (*ALONE, DENSE, *(_across_ranks(backend) for backend in ALONE))
 }

@@ -1,0 +1,113 @@
+"""Decoding with a cache whose prompt is spread over ranks: each attends with its part, and the parts merge."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_dilated.distributed.communication import Wire
+from hf_dilated.distributed.layout import SequenceLayout
+from hf_dilated.engine.op import with_sink
+from hf_dilated.engine.streamed import wide
+from hf_dilated.patterns import Pattern
+
+
+@dataclass
+class CachedSequence:
+    """Where the keys of a rank's cache stand: its shard of the prompt, then every generated token.
+
+    All ranks keep the generated tokens, which are few beside the prompt; the first rank attends to them.
+
+    Attributes:
+        wire: The ranks.
+        prompt: (B, n) index within the row's last document of every slot of the shard, -1 for other slots.
+        length: (B,) tokens of that document so far.
+        generated: Tokens generated so far.
+    """
+
+    wire: Wire
+    prompt: Tensor
+    length: Tensor
+    generated: int = 0
+
+    @classmethod
+    def of(cls, wire: Wire, layout: SequenceLayout, device: torch.device) -> "CachedSequence":
+        """Describe the caches after the prompt was read."""
+        everywhere = torch.stack([layout.last_document(rank).amax(1) for rank in range(layout.ranks)])
+        return cls(wire, layout.last_document(wire.rank).to(device), (everywhere.amax(0) + 1).to(device))
+
+    def append(self) -> None:
+        """Count one more token, which all ranks are about to read."""
+        self.generated += 1
+        self.length = self.length + 1
+
+    def positions(self) -> Tensor:
+        """(B, n + generated) index of every key that this rank attends to, -1 for the others."""
+        number = torch.arange(self.generated, device=self.prompt.device) - self.generated
+        tail = self.length[:, None] + number if self.wire.rank == 0 else number.expand(len(self.length), -1) * 0 - 1
+        return torch.cat([self.prompt, tail], 1)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float, sink_logits: Tensor | None
+    ) -> Tensor:
+        """Attend from the newest token, which all ranks have, to the keys of all ranks.
+
+        Args:
+            query: (B, H, 1, D).
+            key: (B, G, n + generated, D) of this rank's cache.
+            value: (B, G, n + generated, Dv).
+            pattern: Who attends to whom.
+            scale: Factor of the scores.
+            sink_logits: (H,) logits without a value, or None.
+
+        Returns:
+            Output (B, H, 1, Dv), the same on every rank.
+        """
+        (B, H), G, dtype = query.shape[:2], key.shape[1], wide(query.dtype)
+        weight = self._weights(pattern, H, G)  # (B, H or 1, M)
+        scores = query.to(dtype).view(B, G, -1, query.shape[3]) @ key.to(dtype).transpose(2, 3) * scale
+        scores = scores.flatten(1, 2) + weight.log()
+        lse = scores.logsumexp(-1)  # (B, H)
+        share = (scores - torch.where(lse.isinf(), 0, lse)[..., None]).exp()
+        seen = torch.where((weight > 0).any(1)[:, None, :, None], value.to(dtype), 0)
+        output = (share.view(B, G, -1, share.shape[2]) @ seen).flatten(1, 2)
+        parts = self.wire.gather(torch.cat([output, lse[..., None]], -1)).wait()  # (P, B, H, Dv + 1)
+        lses = parts[..., -1]
+        total = lses.logsumexp(0)
+        merged = ((lses - total).exp()[..., None] * parts[..., :-1]).sum(0)
+        return with_sink(merged[:, :, None].to(query.dtype), total[..., None], sink_logits)[0]
+
+    def _weights(self, pattern: Pattern, heads: int, kv_heads: int) -> Tensor:
+        """How often every key counts for every head: (B, H or 1, M)."""
+        longest = int(self.length.max())
+        seen, is_seen = pattern.visible(self.length - 1, longest, heads, kv_heads)
+        index = torch.where(is_seen, seen, longest).clamp(max=longest)
+        counts = torch.zeros(*index.shape[:2], longest + 1, dtype=torch.float32, device=index.device)
+        counts.scatter_add_(2, index, torch.ones_like(index, dtype=torch.float32))
+        counts[..., longest] = 0
+        positions = self.positions()
+        place = torch.where(positions < 0, longest, positions)[:, None].expand(-1, counts.shape[1], -1)
+        return counts.gather(2, place)
+
+
+def chosen_logits(wire: Wire, layout: SequenceLayout, logits: Tensor) -> Tensor:
+    """Bring the logits of every row's last token to all ranks.
+
+    Args:
+        wire: The ranks.
+        layout: Of the prompt.
+        logits: (B, K, V) of this rank's shard at the K slots of :func:`last_slots`.
+
+    Returns:
+        (B, V).
+    """
+    slots = last_slots(layout)
+    column = torch.tensor([slots.index(slot) for _, slot in layout.last], device=logits.device)
+    row = torch.arange(layout.rows, device=logits.device)
+    everywhere = wire.gather(logits[row, column]).wait()
+    return everywhere[torch.tensor([rank for rank, _ in layout.last], device=logits.device), row]
+
+
+def last_slots(layout: SequenceLayout) -> list[int]:
+    """The slots of shards that hold the last token of a row, on any rank."""
+    return sorted({slot for _, slot in layout.last})
