@@ -43,8 +43,9 @@ class Watch:
         self.step = 0
         self._names = dist.get_process_group_ranks(wire.group)
         self._prefix = f"hf_dilated/{next(_sessions)}/{'-'.join(map(str, self._names))}"
-        self._store, self._own_store = self._client(), self._client()
+        self._store, self._own_store = self._client(), self._client()  # one for each thread
         self._lost: RankLostError | None = None
+        self._lost_rank = -1
         self._over, self._found = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hf_dilated watch", daemon=True)
 
@@ -55,7 +56,7 @@ class Watch:
         return dist.PrefixStore(self._prefix, store)
 
     def __enter__(self) -> "Watch":
-        self._beat()
+        self._beat(self._store)
         self._thread.start()
         return self
 
@@ -66,6 +67,8 @@ class Watch:
         lost = self._lost
         if error is not None and lost is None and _is_of_communication(error):
             lost = self._await_loss()
+        if lost is not None:
+            self._linger()
         self._over.set()
         if error is not None and lost is None:
             self._try_set(f"failed/{self.wire.rank}", f"{self.step}\n{type(error).__name__}: {error}")
@@ -73,6 +76,20 @@ class Watch:
         self._thread.join(self.timeout)
         if lost is not None and error is not lost:
             raise lost from error
+
+    def _linger(self) -> None:
+        """Give the others time to learn of the loss before this process, which may hold the store, is gone."""
+        self._try_set(f"left/{self.wire.rank}", str(self.step))
+        until = time.monotonic() + 3 * self._interval
+        others = [f"left/{rank}" for rank in range(self.wire.ranks) if rank != self._lost_rank]
+        while time.monotonic() < until and not self._store_has(others):
+            time.sleep(0.02)
+
+    def _store_has(self, keys: list[str]) -> bool:
+        try:
+            return self._store.check(keys)
+        except (RuntimeError, dist.DistError):
+            return True
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Check that all ranks bring the same facts; every rank of the group calls this, and a step begins.
@@ -83,6 +100,7 @@ class Watch:
         """
         self.step += 1
         mine = "\n".join(f"{name}={value}" for name, value in facts.items())
+        self._beat(self._store)
         self._store.set(f"facts/{self.step}/{self.wire.rank}", mine)
         given = [self._facts(rank) for rank in range(self.wire.ranks)]
         if self.step > 2:
@@ -121,14 +139,14 @@ class Watch:
     def _interval(self) -> float:
         return min(1.0, self.timeout / 5)
 
-    def _beat(self) -> None:
-        self._own_store.set(f"alive/{self.wire.rank}", f"{self.step} {time.monotonic()}")
+    def _beat(self, store: dist.Store) -> None:
+        store.set(f"alive/{self.wire.rank}", f"{self.step} {time.monotonic()}")
 
     def _watch(self) -> None:
         seen = {rank: ("", time.monotonic()) for rank in range(self.wire.ranks) if rank != self.wire.rank}
         while not self._over.wait(self._interval) and self._lost is None:
             try:
-                self._beat()
+                self._beat(self._own_store)
                 for rank in seen:
                     self._look_at(rank, seen)
             except (RuntimeError, dist.DistError) as error:
@@ -153,6 +171,7 @@ class Watch:
 
     def _lose(self, rank: int, what: str) -> None:
         if self._lost is None:
+            self._lost_rank = rank
             self._lost = RankLostError(f"rank {self._names[rank]} {what}; this is rank {self._names[self.wire.rank]}, "
                                        f"at step {self.step}")  # fmt: skip
         self._found.set()

@@ -33,6 +33,7 @@ WITHOUT_MEANING = frozenset(
         "output_router_logits",
         "position_ids",
         "return_dict",
+        "shift_labels",
         "use_cache",
     }
 )

@@ -5,7 +5,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Any
 
@@ -21,11 +21,17 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, limit: float = LIMIT) -> list[Any]:
+def run_on_ranks(
+    ranks: int, function: Callable[..., Any], *arguments: Any, limit: float = LIMIT, lost: Collection[int] = ()
+) -> list[Any]:
     """Call ``function(rank, *arguments)`` in a process for every rank.
 
+    Args:
+        lost: Ranks that are not expected to answer.
+
     Returns:
-        What the ranks returned; of a rank that raised, its traceback; of one that was killed, its exit code.
+        What the ranks returned; of a rank that raised, its traceback; of one that was killed, its exit code; of a
+        lost one, None.
 
     Raises:
         TimeoutError: If a rank has not ended in time.
@@ -42,9 +48,12 @@ def run_on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, limi
         process.start()
     deadline = time.monotonic() + limit
     try:
-        results = []
+        results: list[Any] = []
         for (receiver, sender), process in zip(pipes, processes, strict=True):
             sender.close()
+            if len(results) in lost:
+                results.append(None)
+                continue
             if not receiver.poll(max(0, deadline - time.monotonic())):
                 raise TimeoutError(f"rank {len(results)} has not ended within {limit} seconds")
             try:

@@ -63,10 +63,10 @@ def gradients(model: Any, loss: Tensor) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def check_models(rank: int) -> list[str]:
+def check_models(rank: int, models: list[tuple[str, str]]) -> list[str]:
     """Compare losses, gradients and generated tokens; return what differs."""
     wrong = []
-    for family, backend in MODELS:
+    for family, backend in models:
         layouts.SHORTEST_PIECE = 2 if family == "llama" else 128
         model = model_of(family, backend)
         for kind, batch in batches().items():
@@ -81,7 +81,8 @@ def check_models(rank: int) -> list[str]:
             name = f"{family} {backend} {kind}"
             if abs(loss.item() - expected.item()) > 1e-11:
                 wrong.append(f"{name}: loss {loss.item()} is not {expected.item()}")
-            if not torch.allclose(found, expected_gradients, rtol=0, atol=1e-10):
+            exact = 1e-7 if family == "gemma3" else 1e-10  # its norms compute in float32
+            if not torch.allclose(found, expected_gradients, rtol=0, atol=exact):
                 wrong.append(f"{name}: gradients are off by {(found - expected_gradients).abs().max():.1e}")
         wrong += check_generation(f"{family} {backend}", model)
     return wrong
@@ -108,9 +109,9 @@ def check_generation(name: str, model: Any) -> list[str]:
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_models_compute_what_one_process_does(ranks: int) -> None:
-    for rank, wrong in enumerate(run_on_ranks(ranks, check_models)):
+@pytest.mark.parametrize(("ranks", "models"), [(2, MODELS), (3, MODELS[:2])])
+def test_models_compute_what_one_process_does(ranks: int, models: list[tuple[str, str]]) -> None:
+    for rank, wrong in enumerate(run_on_ranks(ranks, check_models, models)):
         assert wrong == [], f"rank {rank}"
 
 

@@ -21,6 +21,10 @@ LENGTHS = (5, 9, 13, 7, 20, 30, 3, 11)
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
+    return words_tokenizer()
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({str(number): number for number in range(VOCABULARY)}, unk_token="3"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", bos_token="1", eos_token="2", unk_token="3")

@@ -1,0 +1,106 @@
+"""What happens when a rank fails: the others end with an error that names it, in time, and training resumes."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hf_dilated import RankLostError, RingConfig, sequence_parallel
+from tests.distributed.processes import run_on_ranks
+
+TIMEOUT = 3
+LATEST = TIMEOUT + 12  # detection, the grace of a rank that hangs elsewhere, a slow machine
+BATCH = {"input_ids": torch.arange(24)[None]}
+
+
+def fail(rank: int, how: str, victim: int, path: str) -> tuple[str, float]:
+    """Two steps with a checkpoint each, then one rank fails; return what this one hears, and after how long."""
+    start = time.monotonic()
+    try:
+        with sequence_parallel(config=RingConfig(timeout_seconds=TIMEOUT)) as sp:
+            for step in range(1, 9):
+                sp.shard(BATCH)
+                if rank == 0 and step < 3:
+                    (Path(path) / f"{step}.partial").write_text(str(step))
+                    (Path(path) / f"{step}.partial").rename(Path(path) / f"{step}.done")
+                if step == 3:
+                    start = time.monotonic()
+                    if rank == victim:
+                        _fail(how)
+                    sp.sum(torch.ones(3))
+    except RankLostError as error:
+        return str(error), time.monotonic() - start
+    except KeyError as error:
+        return repr(error), time.monotonic() - start
+    return "nothing", time.monotonic() - start
+
+
+def _fail(how: str) -> None:
+    match how:
+        case "raises":
+            raise KeyError("a bug")
+        case "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "leaves":
+            raise SystemExit
+        case "hangs":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize(
+    ("how", "victim", "words"),
+    [
+        ("raises", 1, "rank 1 failed at step 3: KeyError: 'a bug'"),
+        ("is killed", 2, "rank 2 gave its last sign of life 3 seconds ago, at step 3"),
+        ("hangs", 1, "rank 1 gave its last sign of life 3 seconds ago, at step 3"),
+        ("is killed", 0, "rank 0 no longer answers"),
+    ],
+)
+def test_the_others_name_the_rank_and_the_step(tmp_path: Path, how: str, victim: int, words: str) -> None:
+    results = run_on_ranks(3, fail, how, victim, str(tmp_path), limit=60, lost={victim} if how != "raises" else set())
+    for rank, result in enumerate(results):
+        if rank != victim:
+            message, seconds = result
+            assert words in message, message
+            assert seconds < LATEST
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.done", "2.done"]
+
+
+def missing(rank: int) -> str:
+    """A rank that never comes to a step is named, too."""
+    try:
+        with sequence_parallel(config=RingConfig(timeout_seconds=2)) as sp:
+            sp.shard(BATCH)
+            if rank == 0:
+                sp.shard(BATCH)
+            else:
+                time.sleep(4)
+    except RankLostError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_that_does_not_come() -> None:
+    messages: list[Any] = run_on_ranks(2, missing)
+    assert "rank 1 has not come to step 2 within 2 seconds" in messages[0]
+
+
+def nested(rank: int) -> str:
+    """Sessions one after the other do not disturb one another."""
+    for _ in range(3):
+        with sequence_parallel() as sp:
+            sp.shard(BATCH)
+    dist.barrier()
+    return "fine"
+
+
+@pytest.mark.timeout(60)
+def test_sessions_follow_one_another() -> None:
+    assert run_on_ranks(2, nested) == ["fine", "fine"]
