@@ -10,11 +10,6 @@ from hf_dilated.config import (
     StoredConfig,
     block_mask_of,
 )
-from hf_dilated.distributed import SequenceLayout, ring_attention
-from hf_dilated.factory import (
-    create_block_sparse_attention,
-    create_dilated_attention,
-    create_multihead_dilated_attention,
 from hf_dilated.distributed import (
     DisagreementError,
     RankLostError,
@@ -22,13 +17,17 @@ from hf_dilated.distributed import (
     ring_attention,
     sequence_parallel,
 )
+from hf_dilated.factory import (
+    create_block_sparse_attention,
+    create_dilated_attention,
+    create_multihead_dilated_attention,
+)
 from hf_dilated.functional import block_sparse_attention, dilated_attention
 from hf_dilated.integration.cache import BlockSparseCache, DilatedCache
 from hf_dilated.integration.memory import model_memory
 from hf_dilated.integration.registration import register
-from hf_dilated.memory import AttentionBufferManager, BufferType, MemoryPolicy, MemoryPool, auto_configure_memory_pool
 from hf_dilated.integration.ring import ring_generate
-from hf_dilated.memory import MemoryPolicy, MemoryPool, auto_configure_memory_pool
+from hf_dilated.memory import AttentionBufferManager, BufferType, MemoryPolicy, MemoryPool, auto_configure_memory_pool
 from hf_dilated.patching import PatchError, patch_checkpoint, patch_model, unpatch_checkpoint, unpatch_model
 
 __version__ = "0.1.0"

@@ -32,6 +32,7 @@ def attend(
     scale: float | None = None,
     key_positions: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    memory: str = "",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend across the ranks of the open ``sequence_parallel``; without one, in this process alone.
 
@@ -45,6 +46,7 @@ def attend(
         return attend_here(
             query, key, value, pattern,
             is_causal=is_causal, scale=scale, key_positions=key_positions, sink_logits=sink_logits,
+            memory=memory,
         )  # fmt: skip
     if session.cached is not None and query.shape[2] < key.shape[2]:
         scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
@@ -60,6 +62,7 @@ def attend(
     return ring_attention(
         query, key, value, layout,
         pattern=pattern, is_causal=is_causal, scale=scale, sink_logits=sink_logits, config=session.config,
+        memory=memory,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from trl import SFTConfig, SFTTrainer
 
 from hf_dilated import RingConfig, sequence_parallel
-from hf_dilated.training import SequenceParallelTrainerMixin
+from hf_dilated.training.sequence_parallel import SequenceParallelTrainerMixin
 from tests.distributed.processes import run_on_ranks
 from tests.integration.test_ring import batches, model_of, whole_loss
 from tests.integration.test_trainer import Documents, collate, losses
@@ -44,7 +44,7 @@ def train(path: str, *, processes: int, family: str = "plain", sequence: int | N
     data = processes // (sequence or processes)
     sizes = {
         "per_device_train_batch_size": 2 // data,
-        "per_device_eval_batch_size": 2,
+        "per_device_eval_batch_size": 2 // data,
         "gradient_accumulation_steps": 2,
     }
     if family == "packed":
