@@ -67,8 +67,8 @@ def test_stored_form():
     assert StoredConfig.from_dict(json.loads(json.dumps(stored.to_dict()))) == stored
     with pytest.raises(ConfigError, match=f"version {STORED_VERSION + 1}.*upgrade"):
         StoredConfig.from_dict({**stored.to_dict(), "version": STORED_VERSION + 1})
-    with pytest.raises(ConfigError, match="unknown 'ring'"):
-        StoredConfig.from_dict({**stored.to_dict(), "ring": {}})
+    with pytest.raises(ConfigError, match="unknown 'rings'"):
+        StoredConfig.from_dict({**stored.to_dict(), "rings": {}})
     with pytest.raises(ConfigError, match="attn_implementation: expected a name"):
         StoredConfig.from_dict({"attn_implementation": 3})
 

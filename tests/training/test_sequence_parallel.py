@@ -1,5 +1,7 @@
 """Trainers whose processes share sequences: the losses, weights and checkpoints of one process."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,17 @@ class RingSFTTrainer(SequenceParallelTrainerMixin, SFTTrainer):
     pass
 
 
+class Killed(tf.TrainerCallback):
+    """The process of a rank is gone in the third step."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        if state.global_step == 2 and dist.get_rank() == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 SETTINGS: dict[str, Any] = {
     "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": [],
     "use_cpu": True, "seed": 7, "disable_tqdm": True, "bf16": False,
@@ -38,7 +51,7 @@ SETTINGS: dict[str, Any] = {
 
 def train(path: str, *, processes: int, family: str = "plain", sequence: int | None = None, **options: Any) -> Any:
     """Train four documents a step; return losses, evaluation and weights."""
-    resume = options.pop("resume", None)
+    resume, killed = options.pop("resume", None), options.pop("killed", None)
     torch.manual_seed(0)
     model = model_of("llama", options.pop("backend", "ring"))
     data = processes // (sequence or processes)
@@ -58,7 +71,10 @@ def train(path: str, *, processes: int, family: str = "plain", sequence: int | N
         run = RingTrainer(
             model=model, args=tf.TrainingArguments(output_dir=path, **SETTINGS | sizes | options),
             train_dataset=Documents(), eval_dataset=Documents(), data_collator=collate, sequence_parallel_size=sequence,
+            ring=RingConfig(timeout_seconds=5),
         )  # fmt: skip
+    if killed is not None:
+        run.add_callback(Killed(killed))
     run.train(resume_from_checkpoint=resume)
     weights = torch.cat([p.detach().flatten() for p in run.accelerator.unwrap_model(run.model).parameters()])
     return losses(run), run.evaluate()["eval_loss"], weights
@@ -102,11 +118,12 @@ def test_two_groups_of_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(150)
-def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_three(tmp_path: Path) -> None:
+def test_after_one_of_two_processes_is_killed_one_and_three_resume(tmp_path: Path) -> None:
     through = train(str(tmp_path / "through"), processes=1)
-    saving = {"save_strategy": "steps", "save_steps": 2}
+    saving = {"save_strategy": "steps", "save_steps": 2, "killed": 1}
     path = str(tmp_path / "run")
-    assert isinstance(run_on_ranks(2, check_training, path, [saving])[0], list)
+    heard = run_on_ranks(2, check_training, path, [saving], lost={1})[0]
+    assert "RankLostError: rank 1 gave its last sign of life 5 seconds ago, at step" in heard, heard
     resumed = {"resume": f"{path}/checkpoint-2"}
     on_one = train(str(tmp_path / "one"), processes=1, **resumed)
     assert_same((on_one[0][-1:], *on_one[1:]), (through[0][-1:], *through[1:]))
