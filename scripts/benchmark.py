@@ -3,6 +3,7 @@
     python scripts/benchmark.py attention
     python scripts/benchmark.py attention --device cuda --output scripts/benchmarks
     python scripts/benchmark.py decode --device cuda --output scripts/benchmarks
+    python scripts/benchmark.py block_sparse --device cuda --kv-heads 8 --lengths 32k,128k --output scripts/benchmarks
     python scripts/benchmark.py memory
     python scripts/benchmark.py soak --seconds 600
 
@@ -19,7 +20,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 from benchmarking import parity, pooling, report
-from benchmarking.cases import Case, branches_for, describe_machine
+from benchmarking.cases import Case, blocks_for, branches_for, describe_machine
 from benchmarking.runner import Run, measure
 from benchmarking.soak import soak as run_soak
 from benchmarking.variants import CONTROL, Choice, variants
@@ -98,6 +99,37 @@ def attention(
     )
     modes = ["forward", "forward+backward"] if backward else ["forward"]
     run = _start("attention", device, pattern, choice, rounds, budget_seconds, output, name, memory=memory)
+    _run(run, cases, modes, fastest=False)
+
+
+@app.command(name="block_sparse")
+def block_sparse(
+    device: DeviceOption = "cpu",
+    lengths: LengthsOption = "8k,16k,32k",
+    heads: HeadsOption = 0,
+    kv_heads: KvHeadsOption = 0,
+    head_dim: HeadDimOption = 0,
+    dtype: DtypeOption = None,
+    batch: BatchOption = 1,
+    blocks: Annotated[
+        str, typer.Option(help="Patterns (strided, sinks, bigbird) and the fraction of causal blocks that they visit.")
+    ] = "strided:0.25,sinks:0.25,bigbird:0.25",
+    backward: Annotated[bool, typer.Option(help="Measure forward + backward as well.")] = True,
+    flex: Annotated[bool, typer.Option(help="Measure FlexAttention (GPU only).")] = True,
+    flex_up_to: Annotated[int, typer.Option(help="Longest length for FlexAttention.")] = 32768,
+    dense_up_to: Annotated[int, typer.Option(help="Longest length for dense attention; extrapolated beyond.")] = 131072,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory of the forward call.")] = True,
+    rounds: RoundsOption = 7,
+    budget_seconds: BudgetOption = 600,
+    output: OutputOption = Path("outputs/benchmarks"),
+    name: NameOption = "",
+) -> None:
+    """Block-sparse attention; the percentage in a name is what it visits, so 25.0 % promises a speed-up of 4."""
+    patterns = tuple(blocks.split(","))
+    cases = _cases(device, lengths, heads, kv_heads, head_dim, dtype, batch, patterns, (), decode=False)
+    choice = Choice(overlaps=(), flex=flex and device == "cuda", flex_up_to=flex_up_to, dense_up_to=dense_up_to)
+    modes = ["forward", "forward+backward"] if backward else ["forward"]
+    run = _start("block sparse", device, "", choice, rounds, budget_seconds, output, name, memory=memory)
     _run(run, cases, modes, fastest=False)
 
 
@@ -189,11 +221,12 @@ def _cases(
     head_dim: int,
     dtype: Dtype | None,
     batch: int,
-    pattern: str,
+    pattern: str | tuple[str, ...],
     overlaps: Sequence[Overlap],
     *,
     decode: bool,
 ) -> list[Case]:
+    """Cases of a named pattern of branches, or of several patterns of blocks."""
     _check_device(device)
     on_gpu = device == "cuda"
     first, last = (
@@ -214,13 +247,16 @@ def _cases(
                 head_dim=head_dim or (128 if on_gpu else 64),
                 length=length,
                 queries=1 if decode else length,
-                branches=branches_for(pattern, length, heads),
+                branches=branches_for(pattern, length, heads) if isinstance(pattern, str) else (),
+                blocks=() if isinstance(pattern, str) else pattern,
             )
             for length in parse_lengths(lengths or doubling)
         ]
         for case in cases:
             for overlap in overlaps:
                 case.config(overlap)
+            for text in case.blocks:
+                blocks_for(text, case.length)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return cases

@@ -94,6 +94,33 @@ class BlockSparsePattern:
             for n, own in enumerate(parts)
         ]
 
+    def density(self, length: int, is_causal: bool = True) -> float:
+        """Fraction of the causal pairs of blocks (else of all) that a document visits, on average over the heads.
+
+        Example:
+            >>> BlockSparsePattern(config=BlockSparseConfig(block_size=4, local_blocks=2)).density(12)
+            0.8333333333333334
+        """
+        size = self.config.block_size
+        blocks, groups = -(-length // size), self.groups(len(self.config.parts(self.layer)))
+        chosen = [group.parts.topk_blocks for group in groups]
+        visited = [visited_pairs(group.parts, 0, blocks, is_causal, group.stream, "cpu") // blocks for group in groups]
+        row = torch.arange(blocks)
+        counts = [torch.bincount(rows, minlength=blocks) for rows in visited]
+        counts = [(count + k).minimum(row + 1) if k else count for count, k in zip(counts, chosen, strict=True)]
+        pairs = blocks * (blocks + 1) / 2 if is_causal else blocks**2
+        return sum(int(count.sum()) for count in counts) / len(groups) / pairs
+
+    def block_matrix(self, length: int, heads: int, is_causal: bool = True) -> Tensor:
+        """Who sees whom, to look at: (heads, blocks, blocks) bool, without the blocks that tokens choose."""
+        blocks = -(-length // self.config.block_size)
+        seen = torch.zeros(heads, blocks * blocks, dtype=torch.bool)
+        for group in self.groups(heads):
+            _check_mask(group.parts, blocks)
+            pairs = visited_pairs(group.parts, 0, blocks, is_causal, group.stream, "cpu")
+            seen[group.heads.start : group.heads.stop, pairs] = True
+        return seen.unflatten(1, (blocks, blocks))
+
     def levels(self, documents: Documents, heads: int, kv_heads: int, is_causal: bool) -> list[Level]:
         """List the partial attentions (:class:`hf_dilated.patterns.partials.Pattern`)."""
         per_group = [self._levels(group, documents, is_causal) for group in self.groups(heads)]

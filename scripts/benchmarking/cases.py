@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 import hf_dilated
-from hf_dilated import DilatedConfig
+from hf_dilated import BlockSparseConfig, DilatedConfig
 from hf_dilated.config import Offset, Overlap
 
 Branches = tuple[tuple[int, int], ...]
@@ -34,7 +34,8 @@ class Case:
     head_dim: int
     length: int
     queries: int
-    branches: Branches
+    branches: Branches = ()
+    blocks: tuple[str, ...] = ()
 
     def config(self, overlap: Overlap, offset: Offset = "head") -> DilatedConfig:
         """Return the case's pattern."""
@@ -62,6 +63,36 @@ class Case:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
+
+
+def blocks_for(text: str, length: int) -> BlockSparseConfig:
+    """Return a pattern of blocks of 128 tokens: its window is as wide as a density allows.
+
+    Args:
+        text: ``strided``, ``sinks`` or ``bigbird``, and the density at this length, such as ``"strided:0.25"``.
+        length: Tokens in the sequence.
+
+    Raises:
+        ValueError: If it is not of this form, or the density cannot be met.
+
+    Example:
+        >>> blocks_for("sinks:0.25", 32768).local_blocks
+        33
+    """
+    name, _, fraction = text.partition(":")
+    try:
+        density = float(fraction)
+    except ValueError:
+        raise ValueError(f"blocks: expected a pattern and its density such as strided:0.25, got {text!r}") from None
+    few = density < 0.05  # there is no room for more
+    patterns = {
+        "strided": BlockSparseConfig(global_blocks=0 if few else 1, stride_blocks=round((4 if few else 1.5) / density)),
+        "sinks": BlockSparseConfig(global_blocks=1),
+        "bigbird": BlockSparseConfig(global_blocks=1 if few else 2, random_blocks=1 if few else 3),
+    }
+    if name not in patterns:
+        raise ValueError(f"blocks: expected one of {', '.join(patterns)}, got {name!r}")
+    return patterns[name].with_density(density, length)
 
 
 def branches_for(pattern: str, length: int, heads: int) -> Branches:

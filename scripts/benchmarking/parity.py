@@ -8,8 +8,8 @@ from torch import Tensor
 
 from benchmarking.cases import Case
 from benchmarking.timing import release
-from benchmarking.variants import Variant
-from hf_dilated import DilatedConfig, reference
+from benchmarking.variants import Pattern, Variant
+from hf_dilated import BlockSparseConfig, DilatedConfig, reference
 
 LENGTH = 2048
 # Of the worst row, where dense cuDNN itself is off by 5.4e-2 in bfloat16.
@@ -18,6 +18,9 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-
 
 def small_case(case: Case) -> Case:
     """Scale a case down so that float64 dense attention is affordable and several segments still fit."""
+    if case.blocks:
+        blocks = tuple(text.partition(":")[0] + ":0.8" for text in case.blocks)
+        return replace(case, batch=1, length=LENGTH, queries=LENGTH, blocks=tuple(dict.fromkeys(blocks)))
     first = case.branches[0][0]
     smallest = max(16, max(rate for _, rate in case.branches), LENGTH >> len(case.branches))
     branches = tuple((max(1, w * min(smallest, first) // first), r) for w, r in case.branches)
@@ -32,7 +35,7 @@ def failures(case: Case, chosen: Iterable[Variant], *, gradients: bool = True) -
         What differs, one line each; and which optional variants are missing here, with the reason.
     """
     wrong, missing = [], []
-    expected: dict[DilatedConfig, list[Tensor]] = {}
+    expected: dict[Pattern, list[Tensor]] = {}
     for variant in chosen:
         pattern = variant.claims or DilatedConfig(segment_lengths=(case.length,), dilation_rates=(1,))
         backward = gradients and case.queries == case.length
@@ -65,9 +68,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
-def _oracle(case: Case, pattern: DilatedConfig) -> list[Tensor]:
+def _oracle(case: Case, pattern: Pattern) -> list[Tensor]:
     query, key, value = (x.double().requires_grad_() for x in case.inputs())
-    output = reference.dilated_attention(query, key, value, pattern)
+    if isinstance(pattern, BlockSparseConfig):
+        output = reference.block_sparse_attention(query, key, value, pattern)
+    else:
+        output = reference.dilated_attention(query, key, value, pattern)
     assert isinstance(output, Tensor)
     gradients = torch.autograd.grad(output, (query, key, value), _output_gradient(output))
     return [output.detach(), *gradients]

@@ -13,11 +13,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_dilated
-from benchmarking.cases import Case
-from hf_dilated import DilatedConfig
+from benchmarking.cases import Case, blocks_for
+from hf_dilated import BlockSparseConfig, DilatedConfig
 from hf_dilated.config import Offset, Overlap
+from hf_dilated.patterns import BlockSparsePattern
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Pattern = DilatedConfig | BlockSparseConfig
 
 CONTROL = " (again)"
 
@@ -38,7 +40,7 @@ class Variant:
 
     name: str
     prepare: Callable[[], Attention]
-    claims: DilatedConfig | None = None
+    claims: Pattern | None = None
     growth: int = 1
     optional: bool = False
     longest: int | None = None
@@ -65,6 +67,15 @@ class Choice:
 def variants(case: Case, choice: Choice) -> Iterator[Variant]:
     """Yield what takes part; the first is the baseline that the others are compared with."""
     yield from _dense(case, choice.dense_up_to)
+    for text in case.blocks:
+        config = blocks_for(text, case.length)
+        share = BlockSparsePattern(config=config).density(case.length)
+        name = f"{text.partition(':')[0]} {share:.1%}"
+        yield _ours(config, name)
+        if choice.flex:
+            yield _flex_blocks(case, config, f"flex {name}", choice.flex_up_to)
+    if case.blocks:
+        return
     for overlap in choice.overlaps:
         yield _ours(case.config(overlap), f"dilated {overlap}")
     if choice.flex and case.queries == case.length:
@@ -122,9 +133,12 @@ def _flash_attention_4() -> Attention:
     return call
 
 
-def _ours(config: DilatedConfig, name: str) -> Variant:
+def _ours(config: Pattern, name: str) -> Variant:
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = hf_dilated.dilated_attention(query, key, value, config)
+        if isinstance(config, BlockSparseConfig):
+            output = hf_dilated.block_sparse_attention(query, key, value, config)
+        else:
+            output = hf_dilated.dilated_attention(query, key, value, config)
         assert isinstance(output, Tensor)
         return output
 
@@ -155,6 +169,22 @@ def _flex(case: Case, config: DilatedConfig, name: str, longest: int, *, permute
         longest=longest,
         order=order,
     )
+
+
+def _flex_blocks(case: Case, config: BlockSparseConfig, name: str, longest: int) -> Variant:
+    def prepare() -> Attention:
+        torch._dynamo.config.recompile_limit = 256
+        seen = BlockSparsePattern(config=config).block_matrix(case.length, case.heads).to(case.device)
+        size, grouped = config.block_size, case.heads != case.kv_heads
+
+        def sees(_: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (j <= i) & seen[head, i // size, j // size]
+
+        mask = torch.compile(create_block_mask)(sees, None, case.heads, case.length, case.length, device=case.device)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return lambda query, key, value: compiled(query, key, value, block_mask=mask, enable_gqa=grouped)
+
+    return Variant(name=name, prepare=prepare, claims=config, growth=2, optional=True, longest=longest)
 
 
 def residue_order(length: int, config: DilatedConfig) -> Tensor:
