@@ -13,6 +13,7 @@ from hf_dilated.cli.lm_eval import lm_eval
 from hf_dilated.cli.memory import memory
 from hf_dilated.cli.patch import patch, unpatch
 from hf_dilated.cli.profile import profile
+from hf_dilated.cli.show import show
 
 app = typer.Typer(help="Long-context attention for the Transformers models you already have.", no_args_is_help=True)
 
@@ -26,6 +27,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 app.command()(info)
+app.command()(show)
 app.command()(memory)
 app.command()(patch)
 app.command()(unpatch)

@@ -1,0 +1,131 @@
+"""``hf-dilated show``: who sees whom in a layer of a model."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.markup import escape
+from rich.table import Table
+from transformers import AutoConfig
+
+from hf_dilated.cli.console import console, errors, notes
+from hf_dilated.config import ConfigError
+from hf_dilated.integration.layers import WINDOWED, layer_pattern
+from hf_dilated.integration.report import ModelReport, ReportError, report
+from hf_dilated.integration.support import UnsupportedError
+from hf_dilated.patterns import BlockSparsePattern, Pattern
+from hf_dilated.patterns.sight import Sight, look
+
+CELLS = 32  # of the map in the terminal
+PIXELS = 256  # of the picture
+SHADES = "·░▒▓█"  # nothing, up to a third, two thirds, less than all, all
+DEFAULT_LENGTH = 8192
+
+
+def show(
+    model: Annotated[str, typer.Argument(help="A folder with a config.json, or a model's name on the Hub.")],
+    backend: Annotated[
+        str | None, typer.Option(help="dilated, block_sparse, …; by default the stored one, else dilated.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in the document; by default the model's, up to 8192.")
+    ] = None,
+    layer: Annotated[int, typer.Option(min=0, help="Index of the layer.")] = 0,
+    head: Annotated[int, typer.Option(min=0, help="Query head.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that the checkpoint brings.")] = False,
+) -> None:
+    """Draw who sees whom in a layer of a model, and say what that costs; reads its config.json alone."""
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        with notes():
+            result = report(config, backend)
+        text_config = config.get_text_config()
+        pattern = _pattern(text_config, layer, result.backend)
+        length = length or min(getattr(text_config, "max_position_embeddings", DEFAULT_LENGTH), DEFAULT_LENGTH)
+        sight = look(
+            pattern, length, head=head, heads=result.heads, kv_heads=result.kv_heads, is_causal=result.is_causal
+        )
+    except (UnsupportedError, ConfigError) as error:
+        errors.print(f"[bold red]refused[/] {escape(model)}: {escape(str(error))}")
+        raise typer.Exit(1) from error
+    except (OSError, ReportError, ValueError) as error:
+        errors.print(f"[bold red]nothing to show[/] of {escape(model)}: {escape(str(error))}")
+        raise typer.Exit(2) from error
+    title = f"{result.backend}, layer {layer}, head {head}, {length:,} tokens"
+    console.print(f"[bold]{escape(result.model)}[/] {title}; rows are queries, columns are keys")
+    for line in in_blocks(sight):
+        console.print(line, highlight=False)
+    console.print(_costs(sight, result, text_config))
+    if isinstance(pattern, BlockSparsePattern) and pattern.chosen_blocks:
+        console.print(f"besides, every token chooses up to {pattern.chosen_blocks} blocks by their content")
+    if output is not None:
+        _draw(sight, title, output)
+        console.print(f"written to {output}")
+
+
+def in_blocks(sight: Sight) -> list[str]:
+    """Draw a map with characters: two a square of tokens, darker where more pairs of tokens see each other.
+
+    Example:
+        >>> from hf_dilated.patterns import DensePattern
+        >>> sight = look(DensePattern(window=32), 64, head=0, heads=1, kv_heads=1, is_causal=True)
+        >>> in_blocks(sight)[-1].rstrip()[-36:]
+        '··░░████████████████████████████████'
+    """
+    cells = min(CELLS, sight.length)
+    return ["".join(2 * _shade(share) for share in row) for row in sight.map(cells)]
+
+
+def _shade(share: float) -> str:
+    if np.isnan(share):
+        return " "
+    return SHADES[-1] if share == 1 else SHADES[int(np.ceil(share * 3))]
+
+
+def _pattern(config: Any, layer: int, backend: str) -> Pattern:
+    types = getattr(config, "layer_types", None)
+    count = config.num_hidden_layers
+    if layer >= count:
+        raise ValueError(f"layer: expected 0 to {count - 1}, got {layer}")
+    windowed = types is not None and types[layer] in WINDOWED
+    return layer_pattern(config, layer, config.sliding_window if windowed else None, backend)
+
+
+def _costs(sight: Sight, result: ModelReport, config: Any) -> Table:
+    """Mean over the queries that were looked at; a query's dense keys are those it could see at most."""
+    possible, seen = sight.possible, np.array([len(keys) for keys in sight.seen])
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // result.heads
+    flops = 4 * head_size * result.heads * sight.length
+    row_bytes = 2 * 2 * head_size * result.kv_heads  # key and value, two bytes each
+    last, most = sight.read[-1], float(possible[-1])
+    table = Table("", "here", "dense", "share")
+    for name, ours, dense in (
+        ("keys that a query sees", seen.mean(), possible.mean()),
+        ("keys that a query reads, all heads", sight.read.mean(), possible.mean()),
+        ("TFLOP of a forward pass", flops * sight.read.mean() / 1e12, flops * possible.mean() / 1e12),
+        ("MiB of keys and values for the last token", row_bytes * last / 2**20, row_bytes * most / 2**20),
+    ):
+        table.add_row(name, f"{ours:,.4g}", f"{dense:,.4g}", f"{ours / dense:.1%}")
+    unseen = 1 - seen.sum() / possible.sum()
+    pairs = unseen * possible.mean() * sight.length
+    table.add_row("pairs that never see each other", f"{pairs:,.4g}", "0", f"{unseen:.1%}")
+    table.title = f"density {seen.sum() / possible.sum():.2%} of the pairs of tokens"
+    return table
+
+
+def _draw(sight: Sight, title: str, path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        errors.print("[bold red]no picture[/]: needs matplotlib; `pip install hf_dilated\\[eval]`")
+        raise typer.Exit(2) from error
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.add_subplot()
+    cells = min(PIXELS, len(sight.queries))
+    extent = (0, sight.length, sight.length, 0)
+    image = axes.imshow(sight.map(cells), extent=extent, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="key", ylabel="query", title=title)
+    figure.colorbar(image, ax=axes, label="share of the pairs that see each other", shrink=0.8)
+    figure.savefig(path, dpi=150)
