@@ -22,7 +22,8 @@ def decode_kept(
 ) -> Tensor:
     """Attend from the last token of a cache; nothing is synchronised.
 
-    Nearly every key that is kept is visible, so all of them are read where they lie, once for each key-value head.
+    Nearly every key that is kept is visible, so all of them are read where they lie, once for each key-value head. How
+    often a key counts is a bias, in the dtype of the query: where ``overlap="count"`` meets bfloat16, rounded like it.
 
     Args:
         query: (B, H, 1, D).
@@ -46,7 +47,7 @@ def decode_kept(
         bias = torch.cat([bias, sink_logits.to(bias)[:, None].expand(len(bias), H, 1)], 2)
         key, value = pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1))
     output = scaled_dot_product_attention(
-        query, key, value, attn_mask=bias.unsqueeze(2), scale=scale, enable_gqa=H != G
+        query, key, value, attn_mask=bias.unsqueeze(2).to(query.dtype), scale=scale, enable_gqa=H != G
     )
     return torch.where(sees.unsqueeze(3), output, 0)
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dilated import BlockParts, BlockSparseConfig, DilatedConfig, reference
+from hf_dilated.engine.kept import decode_kept
 from hf_dilated.patterns import BlockSparsePattern, DilatedPattern
 from tests.cases import Config, block_configs, configs
 
@@ -74,3 +75,20 @@ def test_blocks_are_forgotten() -> None:
     pattern = BlockSparsePattern(config=BlockSparseConfig(block_size=2, layers=((parts,),)))
     kept = pattern.kept(torch.arange(20)[None, None], torch.tensor([20]), 2, 1)[0, 0]
     assert (kept.nonzero()[:, 0] // 2).unique().tolist() == [0, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("overlap", ["once", "count"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_half_precision(dtype: torch.dtype, overlap: str, with_sinks: bool) -> None:
+    config = DilatedConfig(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4), overlap=overlap)
+    query, key, value = (torch.randn(2, n, 40, 16).to(dtype) for n in (4, 2, 2))
+    sinks = torch.randn(4).to(dtype) if with_sinks else None
+    positions = torch.arange(40).expand(1, 2, -1)
+    actual = decode_kept(query[:, :, -1:], key, value, positions, 40, DilatedPattern(config=config), 0.25, sinks)
+    right, lse = reference.dilated_attention(query[:, :, -1:], key, value, config, scale=0.25, return_lse=True)
+    if sinks is not None:
+        right = right * torch.sigmoid(lse - sinks.double()[:, None]).unsqueeze(-1)
+    assert actual.dtype == dtype
+    bound = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(actual.double(), right, rtol=0, atol=bound)

@@ -1,5 +1,7 @@
 """Checkpoints on disk: there, through Transformers, and back."""
 
+import errno
+import fnmatch
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_dilated import BlockSparseConfig, ConfigError, DilatedConfig, PatchError, patch_checkpoint, unpatch_checkpoint
 from hf_dilated.integration.persistence import stored_config
-from hf_dilated.patching import plan_patch, staging
+from hf_dilated.patching import plan_patch, source, staging
 from tests.tiny_models import model_class, tiny_config
 
 BLOCKS = BlockSparseConfig(block_size=16, local_blocks=4, global_blocks=1)
@@ -331,6 +333,59 @@ def test_no_space(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch_checkpoint(checkpoint, tmp_path / "long", link=False)
     assert set(tmp_path.iterdir()) == {checkpoint}
     patch_checkpoint(checkpoint, tmp_path / "long", link=True)
+
+
+def test_a_disk_that_fills_up(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, done = staging._copy, []
+
+    def fills_up(source: Path, target: Path, progress: Any) -> None:
+        done.append(source.name)
+        if len(done) == 2:
+            target.with_name(f"{target.name}.partial").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy(source, target, progress)
+
+    monkeypatch.setattr(staging, "_copy", fills_up)
+    before = contents(checkpoint)
+    with pytest.raises(PatchError, match="No space left on device.*The source is untouched; repeat the call"):
+        patch_checkpoint(checkpoint, tmp_path / "long", link=False)
+    assert not (tmp_path / "long").exists()
+    patch_checkpoint(checkpoint, tmp_path / "long", link=False)
+    assert done.count(done[0]) == 1, "what was finished is copied again"
+    assert not list((tmp_path / "long").rglob("*.partial"))
+    assert contents(checkpoint) == before
+    assert set(tmp_path.iterdir()) == {checkpoint, tmp_path / "long"}
+
+
+def test_only_one_process_at_a_time(checkpoint: Path, tmp_path: Path) -> None:
+    plan = plan_patch(checkpoint, tmp_path / "long")
+    with staging.staged(tmp_path / "long", plan._job()), pytest.raises(PatchError, match="another process is writing"):
+        plan.execute()
+
+
+def test_a_model_on_the_hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(checkpoint)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    patch_checkpoint("org/model", tmp_path / "long", revision="v2")
+    assert (asked["name"], asked["revision"]) == ("org/model", "v2")
+    wanted = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.model")
+    unwanted = ("pytorch_model.bin", "flax_model.msgpack", "consolidated.pth", "README.md")
+    for names, expected in ((wanted, True), (unwanted, False)):
+        found = [any(fnmatch.fnmatch(name, p) for p in asked["allow_patterns"]) for name in names]
+        assert found == [expected] * 4
+
+    def interrupted(name: str, **options: Any) -> str:
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(source, "snapshot_download", interrupted)
+    with pytest.raises(PatchError, match="did not complete: connection lost. Repeat the command"):
+        patch_checkpoint("org/model", tmp_path / "longer")
+    assert set(tmp_path.iterdir()) == {checkpoint, tmp_path / "long"}
 
 
 def test_no_such_source(tmp_path: Path) -> None:
