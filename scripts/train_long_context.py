@@ -38,6 +38,7 @@ from hf_dilated.training.curriculum import LengthCurriculum
 from hf_dilated.training.documents import stream_texts, tokenized
 from hf_dilated.training.lora import long_lora
 from hf_dilated.training.packing import Documents, PackedRows
+from hf_dilated.training.sequence_parallel import SequenceParallelTrainerMixin
 from hf_dilated.training.throughput import ThroughputMixin
 
 HAYSTACK_CHARACTERS = 1 << 20
@@ -57,6 +58,9 @@ class ModelArguments:
         default=None, metadata={"help": "yarn (default), linear, dynamic, or JSON of Transformers' rope_parameters."}
     )
     lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank, norms and embeddings; 0: all."})
+    sequence_parallel_size: int = field(
+        default=1, metadata={"help": "Processes that share each row; needs a ring backend. 1: each has its own."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Of the weights; float32 for full training is safest."})
 
 
@@ -77,8 +81,8 @@ class DataArguments:
     )
 
 
-class LongContextTrainer(ThroughputMixin, Trainer):
-    """``Trainer`` with throughput and memory in its log."""
+class LongContextTrainer(ThroughputMixin, SequenceParallelTrainerMixin, Trainer):
+    """``Trainer`` whose processes may share sequences, with throughput and memory in its log."""
 
 
 def load_model(arguments: ModelArguments) -> Any:
@@ -130,9 +134,11 @@ def make_rows(
     curriculum: str | None = None,
     haystack: Haystack | None = None,
     lesson_share: float = 0.0,
+    sequence_parallel_size: int = 1,
 ) -> PackedRows:
     """Return as many packed rows as the training takes; ``haystack`` is the text between the facts of lessons."""
-    per_step = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    readers = arguments.world_size // sequence_parallel_size
+    per_step = arguments.train_batch_size * readers * arguments.gradient_accumulation_steps
     return PackedRows(
         documents,
         length=length,
@@ -144,14 +150,19 @@ def make_rows(
     )
 
 
-def make_trainer(model: Any, tokenizer: Any, rows: PackedRows, arguments: TrainingArguments) -> LongContextTrainer:
+def make_trainer(
+    model: Any, tokenizer: Any, rows: PackedRows, arguments: TrainingArguments, *, sequence_parallel_size: int = 1
+) -> LongContextTrainer:
     """Return the trainer; ``trainer.train()`` trains ``model`` in place."""
+    if sequence_parallel_size > 1:
+        arguments.accelerator_config.dispatch_batches = False  # every process reads all rows and takes its own
     return LongContextTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        sequence_parallel_size=sequence_parallel_size,
     )
 
 
@@ -159,6 +170,9 @@ def run(model_arguments: ModelArguments, data: DataArguments, arguments: Trainin
     """Train, and save the model (with adapters merged into it) to ``output_dir``."""
     if arguments.max_steps <= 0:
         raise ValueError("max_steps: streams have no end; say how many steps to take with --max_steps")
+    sharing = model_arguments.sequence_parallel_size
+    if sharing < 1 or arguments.world_size % sharing:
+        raise ValueError(f"sequence_parallel_size: {sharing} does not divide {arguments.world_size} processes")
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_arguments.model)
     model = load_model(model_arguments)
@@ -176,8 +190,9 @@ def run(model_arguments: ModelArguments, data: DataArguments, arguments: Trainin
         curriculum=data.curriculum,
         haystack=_haystack(texts, tokenizer, data.column) if data.lesson_share else None,
         lesson_share=data.lesson_share,
+        sequence_parallel_size=sharing,
     )
-    trainer = make_trainer(model, tokenizer, rows, arguments)
+    trainer = make_trainer(model, tokenizer, rows, arguments, sequence_parallel_size=sharing)
     checkpoint = arguments.resume_from_checkpoint or last_complete_checkpoint(Path(arguments.output_dir))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if model_arguments.lora_rank:

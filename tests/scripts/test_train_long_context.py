@@ -145,6 +145,7 @@ def test_a_patched_checkpoint_is_taken_as_it_is(base: Path, uninterrupted: Path,
         ({"max_steps": -1}, "max_steps: streams have no end"),
         ({"curriculum": "64:0.5"}, "shares add up to 0.5"),
         ({"files": "*.rst"}, "finds no file"),
+        ({"sequence_parallel_size": 2}, "2 does not divide 1 processes"),
         ({"max_length": 32}, "already reads 64 tokens"),
         ({"rope_scaling": "magic"}, "rope_scaling: expected one of"),
     ],
@@ -154,16 +155,22 @@ def test_bad_options(base: Path, tmp_path: Path, options: dict[str, Any], messag
         run(base, tmp_path, **options)
 
 
-def test_several_processes_learn_the_same(base: Path, tmp_path: Path) -> None:
-    """Two processes with one row each: the steps of one process with two rows."""
+@pytest.mark.parametrize("shares", ["rows", "sequences"])
+def test_two_processes_learn_what_one_does(base: Path, tmp_path: Path, shares: str) -> None:
+    """A row of two each, or half of every row each: the steps of one process with two rows."""
     arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     arguments += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "scripts" / "train_long_context.py")]
     options: dict[str, Any] = {"max_steps": 2, "lesson_share": 0.3}
-    arguments += command_line(base, tmp_path / "two", per_device_train_batch_size=1, **options)
+    alone = options | {"per_device_train_batch_size": 2}
+    if shares == "rows":
+        together = options | {"per_device_train_batch_size": 1}
+    else:
+        together = alone | {"attention": "ring_dilated", "sequence_parallel_size": 2}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments += command_line(base, tmp_path / "two", **together)
     done = subprocess.run(arguments, env=environment, timeout=180, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    run(base, tmp_path / "one", per_device_train_batch_size=2, **options)
+    run(base, tmp_path / "one", **alone)
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-4, atol=2e-5)
 
 
