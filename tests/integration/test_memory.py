@@ -170,6 +170,22 @@ def test_attention_gives_the_same_to_the_bit(mode: Any, dtype: torch.dtype) -> N
             assert torch.equal(a, b)
 
 
+def test_backward_takes_its_buffers_from_the_same_pool() -> None:
+    model = small_buffers(tiny_model("llama", "dilated", max_position_embeddings=64), mode="full", budget=9 << 20)
+    ids = tokens(2, 40)
+    with model_memory(model)[0].manager.record() as recording:
+        loss = model(ids, labels=ids, use_cache=False).loss
+        forward = len(recording.events)
+        loss.backward()
+    sizes = [event.size for event in recording.events[forward:] if event.size > 0]
+    config = model.config
+    row = 2 * 40 * config.head_dim * model.dtype.itemsize
+    gradients = {row * heads for heads in (config.num_attention_heads, config.num_key_value_heads)}
+    assert forward > 0
+    assert gradients <= set(sizes)
+    assert sizes.count(min(gradients)) >= 4  # of keys and values, in two layers
+
+
 def test_all_memory_comes_back() -> None:
     model = small_buffers(tiny_model("llama", "dilated", max_position_embeddings=64), mode="full", budget=7 << 20)
     train(model, tokens(2, 40))
