@@ -37,7 +37,7 @@ def find(rows: Iterable[Row], length: int, mode: str, variant: str) -> Row | Non
 
 
 def baseline_of(rows: Sequence[Row], length: int, mode: str, *, fastest: bool) -> Row | None:
-    """Return the dense row that others are compared with: the first one, or the fastest."""
+    """Return the dense row that others are compared with: the first that was measured, or the fastest."""
     dense = [
         row
         for row in rows
@@ -48,7 +48,9 @@ def baseline_of(rows: Sequence[Row], length: int, mode: str, *, fastest: bool) -
     ]
     if not dense:
         return None
-    return min(dense, key=lambda row: row["median"]) if fastest else dense[0]
+    if fastest:
+        return min(dense, key=lambda row: row["median"])
+    return next((row for row in dense if row["status"] == "measured"), dense[0])
 
 
 def speedup(row: Row, baseline: Row) -> tuple[float, float, float]:
