@@ -1,11 +1,17 @@
 """Block-sparse attention inside whole models: what is particular to it; the rest is the same code for every backend."""
 
+import peft
 import pytest
 import torch
 
 from hf_dilated import BlockParts, BlockSparseConfig, ConfigError, DilatedConfig
 from hf_dilated.integration.persistence import stored_config
+from tests.integration.test_generation import WAYS, assert_same, generate
 from tests.integration.test_models import assert_close, backend, left_padded, logits, packed_position_ids
+from tests.integration.test_peft import LORA
+from tests.integration.test_trainer import losses, trainer
+from tests.integration.test_trl import losses_of_tokens, packed_batches, words_tokenizer
+from tests.integration.test_trl import trainer as sft_trainer
 from tests.tiny_models import inputs, model_class, tiny_config, tiny_model, tokens
 
 PATTERN = BlockSparseConfig(block_size=4, local_blocks=2, global_blocks=1, stride_blocks=5, random_blocks=1, seed=3)
@@ -103,3 +109,65 @@ def test_layers_without_an_index():
     with pytest.raises(ValueError, match="do not know their index"):
         logits(patterned("vit", PER_LAYER), **inputs("vit", 1, 1))
     assert tiny_config("vit").num_hidden_layers == 2
+
+
+CONTENT = BlockSparseConfig(block_size=4, local_blocks=2, global_blocks=1, topk_blocks=2)
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, CONTENT], ids=["fixed", "chosen by content"])
+@pytest.mark.parametrize("way", ["dynamic", "static", "chunked prefill", "no cache"])
+def test_generation(pattern, way):
+    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :11] = 0
+    models = patterned("llama", pattern), patterned("llama", pattern, "oracle")
+    assert_same(*(generate(model, ids, attention_mask=mask, settings=WAYS[way]) for model in models))
+
+
+def test_a_model_and_its_gradients_are_one_graph():
+    torch._dynamo.reset()
+    ids, found = tokens(2, 40), []
+    for compiled in (False, True):
+        model = patterned("llama", PATTERN)
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        output = run(ids, labels=ids)
+        output.loss.backward()
+        found.append((output.logits, model.model.layers[0].self_attn.q_proj.weight.grad))
+    torch.testing.assert_close(found[1], found[0])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("pattern", [PATTERN, CONTENT], ids=["fixed", "chosen by content"])
+def test_checkpointing_changes_no_gradient(pattern, reentrant):
+    found = []
+    for checkpointed in (False, True):
+        model = patterned("llama", pattern).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        ids = tokens(2, 45)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-8)
+
+
+def test_trainer_and_lora(tmp_path):
+    found = {}
+    for name in ("block_sparse", "oracle"):
+        model = peft.get_peft_model(patterned("llama", PATTERN, name), LORA, autocast_adapter_dtype=False)
+        run = trainer(model, tmp_path)
+        run.train()
+        found[name] = losses(run)
+    assert len(found["oracle"]) == 4
+    assert found["block_sparse"] == pytest.approx(found["oracle"], rel=1e-5)
+
+
+def test_packed_documents_of_sft_trainer_do_not_see_each_other(tmp_path):
+    model = patterned("llama", PATTERN)
+    for batch, starts in packed_batches(sft_trainer(model, words_tokenizer(), tmp_path)):
+        together = losses_of_tokens(model, batch)
+        for begin, end in zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True):
+            alone = {"input_ids": batch["input_ids"][:, begin:end]}
+            if end - begin > 1:
+                torch.testing.assert_close(together[begin : end - 1], losses_of_tokens(model, alone))
+        return
