@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_dilated.distributed.layout import SequenceLayout
 from hf_dilated.engine.plan import Frame, Plan, plan_levels
-from hf_dilated.patterns import parse
+from hf_dilated.patterns import BlockSparsePattern, parse
 from hf_dilated.patterns.documents import Integers
 from hf_dilated.patterns.partials import Level
 from hf_dilated.patterns.shards import Rows, Shard, between, rows_seen, with_heads
@@ -62,9 +62,10 @@ class Index:
 @lru_cache(maxsize=KEPT)
 def levels_of(problem: Problem) -> Sequence[Level]:
     """The partial attentions of the whole batch."""
-    return parse(problem.pattern).levels(
-        problem.layout.documents, problem.heads, problem.kv_heads, problem.is_causal
-    )  # fmt: skip
+    pattern = parse(problem.pattern)
+    if isinstance(pattern, BlockSparsePattern) and pattern.chosen_blocks:
+        raise ValueError("topk_blocks: a rank does not hold the keys among which tokens would choose; leave it out")
+    return pattern.levels(problem.layout.documents, problem.heads, problem.kv_heads, problem.is_causal)
 
 
 def _plan(problem: Problem, levels: Sequence[Level], keys: int, *, goes_on: bool, kv_heads: int | None = None) -> Plan:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from hf_dilated.engine.kernels import PackedLengths
 from hf_dilated.patterns.documents import Documents, Integers
-from hf_dilated.patterns.partials import Gathered, Level, Pattern, Spans
+from hf_dilated.patterns.partials import Gathered, Level, Partials, Pattern, Spans
 
 LARGEST_VIEWED_RATE = 4  # rows further apart are gathered: the copy costs less than strided reads and many launches
 SMALL_CALL = 1 << 17  # rows (token and head) up to which a launch costs more than gathering them
+MOST_GATHERED = 1 << 16  # keys of a head that a call puts side by side where rows share them
 REGULAR_SIZE = 128  # sizes that come from segments rather than from the end of a document
 PLANS_KEPT = 16
 
@@ -174,7 +175,7 @@ def plan_levels(levels: Iterable[Level], frame: Frame, repeats: int, packs: bool
 
 @dataclass
 class _Group:
-    """Partials of one size, of heads of one class; ``turn`` numbers the shares of a class."""
+    """Partials of one size, of heads of one class; calls take groups of one ``turn``."""
 
     turn: int
     heads: tuple[int, ...]
@@ -207,8 +208,19 @@ def _groups(level: Level, repeats: int) -> Iterator[_Group]:
         distinct, which = np.unique(sizes, axis=0, return_inverse=True)
         for number in range(len(distinct)):
             chosen = np.flatnonzero(which.reshape(-1) == number)
-            for turn, (heads, key_heads) in enumerate(_even_shares(part.heads, repeats)):
-                yield _Group(turn, heads, key_heads, part.query[chosen], part.key[chosen], part.is_causal)
+            shares = _even_shares(part.heads, repeats)
+            for number_of_piece, piece in enumerate(_pieces(part, chosen)):
+                for share, (heads, key_heads) in enumerate(shares):
+                    turn = number_of_piece * len(shares) + share
+                    yield _Group(turn, heads, key_heads, part.query[piece], part.key[piece], part.is_causal)
+
+
+def _pieces(part: Partials, chosen: Integers) -> list[Integers]:
+    """Cut partials of one size so that a call copies no more keys than it has to: gathered ones may share them."""
+    if not isinstance(part.key, Gathered):
+        return [chosen]
+    at_once = max(1, MOST_GATHERED // int(part.key.count[chosen[0]]))
+    return np.split(chosen, range(at_once, len(chosen), at_once))
 
 
 def _even_shares(heads: tuple[int, ...], repeats: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -1,5 +1,7 @@
 """The Triton kernels for block-sparse attention, as plain Python where there is no GPU."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from tests.cases import Case
 from tests.engine.checks import assert_equals_oracle
 
 pytest.importorskip("triton")
-from hf_dilated.engine import block_sparse, execute
+from hf_dilated.engine import block_sparse, execute, flash_block_sparse
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +104,84 @@ def test_blocks_of_a_gpu(is_causal, length, head_size):
         assert_equals_oracle(case, torch.bfloat16, 4e-2)
         torch.use_deterministic_algorithms(True, warn_only=True)
         assert_equals_oracle(case, torch.bfloat16, 4e-2)
+
+
+class Interface:
+    """A stand-in for FlashAttention 4: reads its lists, computes densely."""
+
+    @staticmethod
+    def _seen(lists, by_key):
+        heads, blocks = lists.whole_count.shape[1:]
+        seen = torch.zeros(heads, blocks * 128, blocks * 128, dtype=torch.bool)
+        for head in range(heads):
+            for kind, counts, indices in (("edge", *lists[:2]), ("whole", *lists[2:])):
+                for i in range(blocks):
+                    for j in indices[0, head, i, : counts[0, head, i]].tolist():
+                        query, key = (j, i) if by_key else (i, j)
+                        tile = torch.ones(128, 128, dtype=torch.bool)
+                        place = seen[head, query * 128 : query * 128 + 128, key * 128 : key * 128 + 128]
+                        place |= tile.tril() if kind == "edge" else tile
+        return seen
+
+    @staticmethod
+    def _scores(q, k, v, seen, scale):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        seen = seen[:, : q.shape[2], : k.shape[2]]
+        return q, k, v, (q @ k.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf)
+
+    @classmethod
+    def _flash_attn_fwd(cls, q, k, v, *, softmax_scale, mask_mod, block_sparse_tensors, return_lse):
+        assert return_lse
+        *_, v, scores = cls._scores(q, k, v, cls._seen(block_sparse_tensors, by_key=False), softmax_scale)
+        return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
+
+    @classmethod
+    def _flash_attn_bwd(cls, q, k, v, output, grad, lse, *, softmax_scale, mask_mod, block_sparse_tensors):
+        G, seen = k.shape[2], cls._seen(block_sparse_tensors, by_key=True)
+        q, k, v, scores = cls._scores(q, k, v, seen, softmax_scale)
+        grad, output = grad.transpose(1, 2), output.transpose(1, 2)
+        weights = (scores - lse[..., None]).exp()
+        grad_scores = weights * (grad @ v.transpose(2, 3) - (grad * output).sum(-1, keepdim=True)) * softmax_scale
+        of_keys = grad_scores.transpose(2, 3) @ q, weights.transpose(2, 3) @ grad
+        grads = grad_scores @ k, *(x.unflatten(1, (G, -1)).sum(2) for x in of_keys)
+        return tuple(x.transpose(1, 2) for x in grads)
+
+
+@pytest.fixture
+def flash_attention_4(monkeypatch):
+    kernel = dataclasses.replace(flash_block_sparse.FLASH_ATTENTION_4, refuses=lambda case: None)
+    monkeypatch.setattr(flash_block_sparse, "FLASH_ATTENTION_4", kernel)
+    monkeypatch.setattr(flash_block_sparse, "flash_attention_4", lambda: Interface)
+    monkeypatch.setattr(flash_block_sparse, "_sparsity", lambda lists: lists)
+    monkeypatch.setattr(flash_block_sparse, "_mask", lambda is_causal: is_causal)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("length", "is_causal"), [(384, True), (300, True), (384, False)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_flash_attention_4_gets_the_right_lists(flash_attention_4, groups, length, is_causal):
+    torch.manual_seed(0)
+    parts = (BlockParts(local_blocks=2), BlockParts(global_blocks=1))
+    tensors = (torch.randn(2, heads, length, 8) for heads in (2, 1, 1))
+    case = Case(BlockSparseConfig(layers=(parts[:groups],)), *tensors, {"is_causal": is_causal})
+    assert_equals_oracle(case, torch.float32, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "length", "is_causal", "reason"),
+    [
+        (BlockSparseConfig(block_size=64), 256, True, "needs blocks of 128 tokens"),
+        (BlockSparseConfig(local_blocks=0, global_blocks=1), 256, True, "needs every token to see itself"),
+        (BlockSparseConfig(), 300, False, "needs whole blocks where attention is not causal"),
+    ],
+)
+def test_what_flash_attention_4_does_not_run(flash_attention_4, config, length, is_causal, reason):
+    pattern, x = BlockSparsePattern(config=config), torch.zeros(1, 2, length, 8)
+    documents = Documents.whole_rows(1, length, length)
+    assert reason in flash_block_sparse.refuses(pattern, documents, is_causal, x, x)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert "no fixed order" in flash_block_sparse.refuses(pattern, documents, is_causal, x, x)
+    torch.use_deterministic_algorithms(False)
+    more_keys, plain = Documents.whole_rows(1, length, length + 1), BlockSparsePattern(config=BlockSparseConfig())
+    assert "whole documents" in flash_block_sparse.refuses(plain, more_keys, True, x, x)
