@@ -91,8 +91,8 @@ class PatternLayer(DynamicLayer):
     """The keys and values of one layer, those that a later token sees.
 
     Attributes:
-        positions: (B or 1, G, M) position of every key in its document; -1 for padding and in slots without a key,
-            since key-value heads and rows may keep unequally many.
+        positions: (B or 1, G, M) position of every key in its document, -1 for padding. Key-value heads and rows that
+            need fewer keys than others keep a few more, which no query counts.
         tokens: (B or 1,) number of tokens of each row so far, without padding.
         seen: Number of slots so far, with padding.
     """
@@ -159,7 +159,7 @@ class PatternLayer(DynamicLayer):
         if count == M:
             return
         order = kept.to(torch.uint8).argsort(dim=2, stable=True)[..., M - count :]
-        self.positions = torch.where(kept, self.positions, -1).gather(2, order)
+        self.positions = self.positions.expand_as(kept).gather(2, order)
         order = order.expand(B, -1, -1)[..., None]
         self.keys = self.keys.gather(2, order.expand(-1, -1, -1, self.keys.shape[3]))
         self.values = self.values.gather(2, order.expand(-1, -1, -1, self.values.shape[3]))
