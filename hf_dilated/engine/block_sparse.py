@@ -15,6 +15,7 @@ from hf_dilated.patterns.documents import Documents
 
 if HAS_TRITON:
     from hf_dilated.engine import fused_block_sparse as fused
+    from hf_dilated.engine import fused_block_sparse_backward as fused_backward
     from hf_dilated.engine.fused_block_sparse import FIELDS, Tables
 
 LONGEST_LIST = 32  # query blocks that one program adds up for a key block
@@ -52,7 +53,7 @@ class BlockSparse(NamedTuple):
             return flash_block_sparse.backward(lists[1], self.is_causal, grad, q, k, v, output, lse, scale)
         tables = make_tables(*self, q.shape[1], k.shape[1], q.device)
         size = self.pattern.config.block_size
-        return fused.backward(tables, size, self.is_causal, grad, q, k, v, output, lse, scale)
+        return fused_backward.backward(tables, size, self.is_causal, grad, q, k, v, output, lse, scale)
 
 
 @lru_cache(maxsize=KEPT)
