@@ -29,6 +29,7 @@ from hf_dilated.integration.registration import register
 from hf_dilated.integration.ring import ring_generate
 from hf_dilated.memory import AttentionBufferManager, BufferType, MemoryPolicy, MemoryPool, auto_configure_memory_pool
 from hf_dilated.patching import PatchError, patch_checkpoint, patch_model, unpatch_checkpoint, unpatch_model
+from hf_dilated.training.sequence_parallel import SequenceParallelTrainerMixin
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "RankLostError",
     "RingConfig",
     "SequenceLayout",
+    "SequenceParallelTrainerMixin",
     "StoredConfig",
     "auto_configure_memory_pool",
     "block_mask_of",

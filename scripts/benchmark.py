@@ -4,6 +4,7 @@
     python scripts/benchmark.py attention --device cuda --output scripts/benchmarks
     python scripts/benchmark.py decode --device cuda --output scripts/benchmarks
     python scripts/benchmark.py block_sparse --device cuda --kv-heads 8 --lengths 32k,128k --output scripts/benchmarks
+    torchrun --nproc-per-node 2 scripts/benchmark.py ring --device cuda --output scripts/benchmarks
     python scripts/benchmark.py memory
     python scripts/benchmark.py soak --seconds 600
 
@@ -21,6 +22,8 @@ import torch
 import typer
 from benchmarking import parity, pooling, report
 from benchmarking.cases import Case, blocks_for, branches_for, describe_machine
+from benchmarking.ring import RingCase
+from benchmarking.ring_run import run_ring
 from benchmarking.runner import Run, measure
 from benchmarking.soak import soak as run_soak
 from benchmarking.variants import CONTROL, Choice, variants
@@ -194,6 +197,33 @@ def soak(
     """Let threads train attention on random lengths, with checkpoints and exceptions, and watch the pool (CPU)."""
     if not run_soak(seconds, threads, longest, typer.echo):
         raise typer.Exit(1)
+
+
+@app.command()
+def ring(
+    device: DeviceOption = "cpu",
+    lengths: LengthsOption = "2k",
+    heads: HeadsOption = 32,
+    kv_heads: KvHeadsOption = 8,
+    head_dim: HeadDimOption = 128,
+    dtype: DtypeOption = None,
+    pattern: Annotated[str, typer.Option(help="dense, or as for attention: doubling, four, model, pairs.")] = "dense",
+    documents: Annotated[Literal["one", "packed"], typer.Option(help="One document, or five of 38% to 1.6%.")] = "one",
+    transports: Annotated[str, typer.Option(help="Of RingConfig, separated by commas.")] = "auto",
+    backward: Annotated[bool, typer.Option(help="Measure forward + backward as well.")] = True,
+    rounds: RoundsOption = 7,
+    output: OutputOption = Path("outputs/benchmarks"),
+    name: NameOption = "",
+) -> None:
+    """One sequence over several processes; run it with torchrun --nproc-per-node P scripts/benchmark.py ring."""
+    chosen = dtype or ("bfloat16" if device == "cuda" else "float32")
+    shape = {"device": device, "dtype": chosen, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    cases = [
+        RingCase(**shape, length=length, documents=documents, pattern=pattern)  # type: ignore[arg-type]
+        for length in parse_lengths(lengths)
+    ]
+    path = output / f"{name or f'ring-{device}-{pattern}-{documents}'.replace(':', '-')}.jsonl"
+    run_ring(cases, transports.split(","), ["forward", "forward+backward"] if backward else ["forward"], rounds, path)
 
 
 def parse_lengths(text: str) -> list[int]:
