@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_dilated.engine.plan import Selection, View
+from hf_dilated.engine.streamed import packed
 from hf_dilated.memory import BufferType, buffers
 
 TILE = 32
@@ -171,6 +172,10 @@ class FusedGradient:
     @staticmethod
     def add(selection: Selection, totals: Sequence["FusedGradient"], parts: Sequence[Tensor]) -> None:
         """Add parts (n, h, L, D) or (T, h, D) of the same rows to one or two gradients."""
+        if selection.repeats:
+            for gradient, part in zip(totals, parts, strict=True):
+                gradient._accumulate(selection, part)
+            return
         pairs = [(total, part) for total, part in zip(totals, parts, strict=True) if not total._takes(selection, part)]
         if len(pairs) == 2 and pairs[0][1].shape != pairs[1][1].shape:  # values of another size
             for pair in pairs:
@@ -187,6 +192,13 @@ class FusedGradient:
             return True
         self.total = buffers.full(BufferType.OUTPUT, self.shape, 0.0, self.dtype, self.like.device)
         return False
+
+    def _accumulate(self, selection: Selection, part: Tensor) -> None:
+        """Add a part whose rows may repeat, which the kernel would add at the same time."""
+        if self.total is None:
+            self.total = buffers.full(BufferType.OUTPUT, self.shape, 0.0, self.dtype, self.like.device)
+        row, head, slot = selection.index(part.device)
+        self.total.index_put_((row, slot, head), packed(part, 4).to(self.total.dtype), accumulate=True)
 
     def result(self) -> Tensor:
         """Return the sum."""

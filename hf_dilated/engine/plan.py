@@ -58,6 +58,7 @@ class Selection:
     lengths: Integers  # (n,)
     length: int  # N or M: flat indices per row
     view: View | None = None
+    repeats: bool = False  # whether a row may occur several times
     _on_device: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
@@ -288,8 +289,10 @@ def _call(
 def _side(spans: Iterable[tuple[Spans | Gathered, tuple[int, ...]]], length: int, view: View | None) -> Selection:
     classes: dict[tuple[int, ...], int] = {}
     tokens, head_class, lengths = [], [], []
+    repeats = False
     for span, heads in spans:
         tokens.append(span.tokens())
+        repeats |= isinstance(span, Gathered)
         head_class.append(np.full(len(tokens[-1]), classes.setdefault(heads, len(classes))))
         lengths.append(span.count)
     return Selection(
@@ -299,4 +302,5 @@ def _side(spans: Iterable[tuple[Spans | Gathered, tuple[int, ...]]], length: int
         lengths=np.concatenate(lengths),
         length=length,
         view=view,
+        repeats=repeats,
     )

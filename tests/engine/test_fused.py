@@ -1,5 +1,6 @@
 """The Triton kernels, as plain Python where there is no GPU."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,8 @@ from tests.engine.checks import assert_equals_oracle
 
 pytest.importorskip("triton")
 from hf_dilated.engine import fused_decode
+from hf_dilated.engine.fused import FusedGradient
+from hf_dilated.engine.plan import Selection
 
 few = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -25,6 +28,17 @@ def test_gather_and_merge(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execute, "runs_fused", lambda x: x.element_size() <= 4)
         assert_equals_oracle(case, torch.float32, 2e-5)
+
+
+def test_rows_that_repeat_are_all_added():
+    """Keys that several blocks of queries see come several times in one call."""
+    tokens = np.array([0, 3, 1, 3, 1, 3])
+    selection = Selection(tokens, np.array([[0, 1]]), np.zeros(6, np.int64), np.array([2, 4]), 4, repeats=True)
+    like, part = torch.randn(1, 2, 4, 8), torch.randn(6, 2, 8)
+    total = FusedGradient(like)
+    FusedGradient.add(selection, (total,), (part,))
+    right = torch.zeros(4, 2, 8).index_add_(0, torch.from_numpy(tokens), part)
+    torch.testing.assert_close(total.result()[0].transpose(0, 1), right)
 
 
 @given(case=cases(longest=30), block=st.sampled_from([8, 16]))
