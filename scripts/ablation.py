@@ -23,6 +23,7 @@ import typer
 from train_base import is_held_out, read_library
 from train_long_context import HAYSTACK_CHARACTERS, ModelArguments, load_model, make_rows, make_trainer
 from training.library import CHARACTERS_PER_TOKEN, joined
+from training.recipe import LESSON_SHARE, SHIPPED, curriculum, training_options
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -31,8 +32,6 @@ from hf_dilated.evaluation.report import Report, Table, short_count
 from hf_dilated.evaluation.suite import DENSE, Evaluation, evaluate
 from hf_dilated.tasks import Haystack
 
-SHIPPED = Path(__file__).resolve().parents[1] / "model_cards" / "pystdlib-4m"
-LESSON_SHARE = 0.3
 DEPTHS = tuple(depth / 9 for depth in range(10))
 
 
@@ -53,9 +52,8 @@ class Setting:
 
     @property
     def curriculum(self) -> str:
-        """A third of the steps each at the trained length, four times that, and the full length."""
-        middle = min(4 * self.trained, self.max_length)
-        return f"{self.trained}:0.3,{middle}:0.3,{self.max_length}:0.4"
+        """Longest documents, and their shares of the steps."""
+        return curriculum(self.trained, self.max_length)
 
 
 def variants(setting: Setting) -> dict[str, dict[str, Any]]:
@@ -125,20 +123,16 @@ def tune(model: Any, tokenizer: Any, sources: Sources, setting: Setting, output:
     set_seed(setting.seed)
     arguments = TrainingArguments(
         output_dir=str(output),
-        max_steps=setting.steps,
-        per_device_train_batch_size=setting.rows,
-        learning_rate=setting.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, setting.steps // 20),
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        bf16=setting.device.startswith("cuda"),
-        use_cpu=setting.device == "cpu",
-        logging_steps=max(1, setting.steps // 10),
+        **training_options(
+            steps=setting.steps,
+            rows=setting.rows,
+            learning_rate=setting.learning_rate,
+            device=setting.device,
+            seed=setting.seed,
+        ),
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        seed=setting.seed,
     )
     rows = make_rows(
         sources.epoch,

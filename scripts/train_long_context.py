@@ -176,6 +176,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, arguments: Trainin
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_arguments.model)
     model = load_model(model_arguments)
+    use_cache = getattr(model.config, "use_cache", None)
     if model_arguments.lora_rank:
         from peft import get_peft_model
 
@@ -197,7 +198,10 @@ def run(model_arguments: ModelArguments, data: DataArguments, arguments: Trainin
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if model_arguments.lora_rank:
         trainer.model = trainer.model.merge_and_unload()
+    if use_cache is not None:
+        trainer.model.config.use_cache = use_cache  # `Trainer` switches it off
     trainer.save_model()
+    trainer.save_state()
 
 
 def _haystack(texts: Any, tokenizer: Any, column: str) -> Haystack:

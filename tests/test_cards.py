@@ -109,6 +109,7 @@ def test_everything_that_is_known(checkpoint: Path, evaluation: Path, training: 
         "- `python scripts/train_long_context.py --model plain`",
         "| dilated | 7.12 | 263.12 |",
         "with `dense`, `dilated`, on device an abacus, dtype float32. Texts: a.txt (1,024 tokens).",
+        "Every share of what was found is the mean of 2 samples.",
         "![perplexity](perplexity.png)",
         "- Measured up to 1,024 tokens, on these texts only.",
         "- It counts badly.",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -180,7 +181,15 @@ def _evaluation(evaluation: Report, plots: Sequence[str]) -> dict[str, Any]:
     names = dict.fromkeys(row["attention"] for part in ("perplexity", "retrieval") for row in evaluation.rows(part))
     read = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in evaluation.documents.items())
     intro = f"The same weights with {', '.join(f'`{name}`' for name in names)}, on {environment}. Texts: {read}."
+    if samples := _samples(evaluation):
+        intro += f" Every share of what was found is the mean of {samples} samples."
     return {"intro": intro, "tables": evaluation.markdown().strip(), "plots": list(plots)}
+
+
+def _samples(evaluation: Report) -> str:
+    """How many samples a task has at a length: a number, or from–to."""
+    counts = Counter((row["task"], row["attention"], row["tokens"]) for row in evaluation.retrieval).values()
+    return "–".join(dict.fromkeys((str(min(counts)), str(max(counts))))) if counts else ""
 
 
 def _results(evaluation: Report) -> list[EvalResult]:

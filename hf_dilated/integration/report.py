@@ -242,6 +242,7 @@ def _record(model: PreTrainedModel, backend: str) -> list[_Call]:
     for module in model.modules():
         if isinstance(getattr(module, "rope_type", None), str):
             module.rope_type = "default"  # the others may look at the values of the positions
+    model.config.get_text_config().use_cache = True  # without a cache the mask looks at the values of the positions
     inputs = _inputs(model)
     try:
         with _registered(backend, attend), torch.no_grad():

@@ -136,3 +136,11 @@ def test_keys_per_query_of_the_usual_pattern() -> None:
     count = DilatedPattern(config=DilatedConfig.longnet(*branches))
     assert sum(keys_per_query(once, 131072, heads=32, kv_heads=32)) == pytest.approx(1528, abs=1)
     assert sum(keys_per_query(count, 131072, heads=32, kv_heads=32)) == pytest.approx(2033, abs=1)
+
+
+def test_a_model_that_keeps_no_cache() -> None:
+    """As ``Trainer`` leaves it."""
+    config = tiny_config("llama")
+    config.use_cache = False
+    assert kinds(report(config)) == ["pattern", "pattern"]
+    assert config.use_cache is False

@@ -67,6 +67,7 @@ def test_the_result_is_a_patched_checkpoint(base: Path, uninterrupted: Path) -> 
     assert stored_config(model.config).dilated.to_dict().items() >= json.loads(PATTERN).items()
     assert model.config.max_position_embeddings == 256
     assert model.config.rope_parameters["rope_type"] == "yarn"
+    assert model.config.use_cache
     assert (uninterrupted / "tokenizer.json").exists()
     before = weights(base / "model")
     after = weights(uninterrupted)
