@@ -278,9 +278,10 @@ def describe(recipe: Recipe) -> None:
         "Trained on Python sources alone.",
         "The texts that were measured are held-out files laid end to end; some have near relatives in the training.",
     ]
-    if recipe.lesson_share:
+    _, data, _ = parse_training(recipe)
+    if data.lesson_share:
         limits.append(
-            f"{recipe.lesson_share:.0%} of the training tokens were made documents that practise the retrieval tasks: "
+            f"{data.lesson_share:.0%} of the training tokens were made documents that practise the retrieval tasks: "
             "what is found there is a trained skill."
         )
     own_card = Path(recipe.start) / CARD
