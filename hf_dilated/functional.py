@@ -134,9 +134,10 @@ def attend(
     plain = key_positions is None and sink_logits is None and not return_lse
     if plain and not torch.compiler.is_compiling() and _is_stock(query, key, pattern, is_causal):
         square, grouped = query.shape[2] == key.shape[2], query.shape[1] != key.shape[1]
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal and square, scale=scale, enable_gqa=grouped
-        )
+        with op.running(query):
+            return scaled_dot_product_attention(
+                query, key, value, is_causal=is_causal and square, scale=scale, enable_gqa=grouped
+            )
     inputs = (query, key, value) if sink_logits is None else (query, key, value, sink_logits)
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if query.shape[2] == 1 and is_causal and query.device.type != "cpu" and not needs_gradient:

@@ -8,6 +8,7 @@ import os
 
 import torch
 
+os.environ["COLUMNS"] = "240"  # messages of the command are compared line by line
 torch.set_default_device(os.environ.get("HF_DILATED_TEST_DEVICE", "cpu"))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run as plain Python

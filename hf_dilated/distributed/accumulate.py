@@ -8,9 +8,8 @@ from torch import Tensor
 
 from hf_dilated.distributed.transports import Transport
 from hf_dilated.engine import execute
-from hf_dilated.engine.op import sink_gradient, with_sink
+from hf_dilated.engine.op import running, sink_gradient, with_sink
 from hf_dilated.engine.streamed import wide
-from hf_dilated.memory import buffers
 
 
 def attend(
@@ -52,7 +51,7 @@ class _Attend(torch.autograd.Function):
         memory: str,
     ) -> tuple[Tensor, Tensor]:
         q = _heads_first(query)
-        with torch.cuda.device_of(query), buffers.using(memory):
+        with running(query, memory):
             total = execute.output_total(q, value.shape[2], wide(query.dtype))
             for part in start().portions(key, value):
                 execute.add_forward(total, part.plan, q, _heads_first(part.key), _heads_first(part.value), scale)
@@ -68,7 +67,7 @@ class _Attend(torch.autograd.Function):
         query, key, value, sink_logits, output, lse = ctx.saved_tensors
         transport, dtype = ctx.start(), wide(query.dtype)
         grad, q = _heads_first(grad.contiguous()), _heads_first(query)
-        with torch.cuda.device_of(query), buffers.using(ctx.memory):
+        with running(query, ctx.memory):
             grad_query = execute.gradient_total(q, dtype)
             own: list[Tensor] = []
             for part in transport.portions(key, value):

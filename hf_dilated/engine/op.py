@@ -4,6 +4,8 @@ Planning needs the positions of the keys on the host, so these operators read th
 ``hf_dilated::decode`` serves a single causal query and synchronises nothing.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +24,17 @@ from hf_dilated.memory import BufferType, buffers
 from hf_dilated.patterns.documents import Documents, Layout, layout_from_positions
 
 
+@contextmanager
+def running(query: Tensor, memory: str = "") -> Iterator[None]:
+    """Run on the query's device, where Triton launches, in the dtypes that came in, forward as backward.
+
+    Autocast has done its work on the inputs. Inside it would round what one pass computes in float32, and the other
+    not, since autograd runs outside of it.
+    """
+    with torch.cuda.device_of(query), buffers.using(memory), torch.autocast(query.device.type, enabled=False):
+        yield
+
+
 @torch.library.custom_op("hf_dilated::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend(
     query: Tensor,
@@ -37,7 +50,7 @@ def attend(
     """Attend along a pattern: output (B, H, N, Dv) and LSE (B, H, N); ``memory`` says where from to allocate."""
     query, key, value = _with_rows(query, key, value)
     batch = _Batch(query, key, key_positions, pattern, is_causal)
-    with torch.cuda.device_of(query), buffers.using(memory):  # Triton launches on the current device
+    with running(query, memory):
         q, k, v = batch.query(query), batch.key(key), batch.key(value)
         output, lse = batch.forward(q, k, v, scale)
         output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf).contiguous()
@@ -63,7 +76,7 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """The same for one causal query, without gradients."""
     query, key, value = _with_rows(query, key, value)
-    with torch.cuda.device_of(query):
+    with running(query):
         output, lse = decoding.decode(query, key, value, key_positions, patterns.parse(pattern), scale)
         return with_sink(output, lse, sink_logits)
 
@@ -91,7 +104,7 @@ def attend_backward(
     """Gradients of :func:`attend` by query, key and value."""
     grad, query, key, value = _with_rows(grad, query, key, value)
     batch = _Batch(query, key, key_positions, pattern, is_causal)
-    with torch.cuda.device_of(query), buffers.using(memory):
+    with running(query, memory):
         q, k, v = batch.query(query), batch.key(key), batch.key(value)
         grads = batch.backward(batch.query(grad), q, k, v, batch.query(output), batch.query(lse), scale)
         return batch.put_back(grads[0], 0.0), batch.put_back_key(grads[1]), batch.put_back_key(grads[2])
@@ -134,7 +147,8 @@ def with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor | None) -> tuple[
 def sink_gradient(sink_logits: Tensor, grad: Tensor, output: Tensor, lse: Tensor) -> Tensor:
     """Gradient of the logits of :func:`with_sink`; ``output`` and ``lse`` are what it returned."""
     weight = (sink_logits.to(lse.dtype)[:, None] - lse).exp()
-    return -(weight * (grad * output).sum(-1)).sum((0, 2)).to(sink_logits.dtype)
+    delta = (grad.to(lse.dtype) * output).sum(-1)
+    return -(weight * delta).sum((0, 2)).to(sink_logits.dtype)
 
 
 class _Batch:

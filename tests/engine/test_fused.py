@@ -18,11 +18,11 @@ from hf_dilated.engine.fused import FusedGradient
 from hf_dilated.engine.plan import Selection
 
 few = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 
-@given(case=cases(longest=24))
+@given(case=cases(longest=16))
 @few
 def test_gather_and_merge(case):
     with pytest.MonkeyPatch.context() as patch:

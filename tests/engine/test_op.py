@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_dilated import DilatedConfig, dilated_attention
+from hf_dilated import BlockSparseConfig, DilatedConfig, dilated_attention
 from hf_dilated.engine import execute, op
 from hf_dilated.functional import attend
-from hf_dilated.patterns import DensePattern, DilatedPattern, parse
+from hf_dilated.patterns import BlockSparsePattern, DensePattern, DilatedPattern, parse
 
 CONFIG = DilatedConfig(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4))
 
@@ -86,6 +86,35 @@ def test_short_inputs_are_dense_attention_to_the_bit(tensors):
     short = tuple(x[:, :2, :8] for x in tensors)
     dense = scaled_dot_product_attention(*short, is_causal=True)
     assert torch.equal(dilated_attention(*short, CONFIG), dense)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value_size", "pattern"),
+    [
+        (
+            torch.bfloat16,
+            16,
+            BlockSparsePattern(config=BlockSparseConfig(block_size=16, local_blocks=1, topk_blocks=3)),
+        ),
+        (torch.float32, 12, DilatedPattern(config=CONFIG)),
+        (torch.float32, 16, DensePattern()),
+    ],
+)
+def test_autocast_changes_neither_pass(dtype, value_size, pattern):
+    """Autograd runs outside of it: chosen blocks and scores would differ between the passes."""
+    torch.manual_seed(0)
+    sizes = (16, 16, value_size)
+    tensors = [torch.randn(1, 4, 256, size, dtype=dtype, requires_grad=True) for size in sizes]
+
+    def run():
+        output = attend(*tensors, pattern)
+        return output, *torch.autograd.grad(output.square().sum(), tensors)
+
+    right = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    assert [x.dtype for x in found] == [x.dtype for x in right]
+    assert all(torch.equal(x, y) for x, y in zip(found, right, strict=True))
 
 
 def test_learned_sinks(tensors):

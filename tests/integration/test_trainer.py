@@ -1,5 +1,6 @@
 """Trainer: the same losses as dense attention where the pattern is dense; checkpoints; autocast."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import transformers as tf
 from torch.utils.data import Dataset
 
 from hf_dilated import DilatedConfig, StoredConfig
-from hf_dilated.integration import attention
+from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.support import UnsupportedError
 from tests.tiny_models import tiny_config, tiny_model, tokens
@@ -100,13 +101,13 @@ def test_the_pattern_matters(tmp_path: Path) -> None:
 
 def test_bfloat16_autocast_reaches_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[torch.dtype] = set()
-    attend = attention.attend
+    backend = BACKENDS["dilated"]
 
     def spy(query: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         seen.add(query.dtype)
-        return attend(query, *arguments, **options)
+        return backend.attend(query, *arguments, **options)
 
-    monkeypatch.setattr(attention, "attend", spy)
+    monkeypatch.setitem(BACKENDS, "dilated", dataclasses.replace(backend, attend=spy))
     found = {}
     for bf16 in (False, True):
         seen.clear()
