@@ -116,7 +116,8 @@ def _start(kind: str, name: str) -> tuple[str, str, BaseProcess, Connection, flo
 
 
 def _work(kind: str, name: str, sender: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    address_space = _address_space() + BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     try:
         model_class = getattr(transformers, _class_name(kind, name))
@@ -128,6 +129,11 @@ def _work(kind: str, name: str, sender: Connection) -> None:
         sender.send(Outcome(status="not built tiny", why=f"{type(error).__name__}: {line}"))
         return
     sender.send(survey(model_class, config))
+
+
+def _address_space() -> int:
+    """Bytes that the process has inherited; memory pools reserve much more than they use."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _outcome(task: tuple[str, str, BaseProcess, Connection, float]) -> Outcome | None:
