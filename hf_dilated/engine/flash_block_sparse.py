@@ -34,6 +34,8 @@ def refuses(
     case = Case.of(query, value)
     if reason := FLASH_ATTENTION_4.refuses(case):
         return reason
+    if case.device == "cuda" and case.capability[0] != 9:
+        return "its tiles of blocks are known for compute capability 9 (Hopper) only"
     if torch.are_deterministic_algorithms_enabled():
         return "adds up gradients in no fixed order"
     if max(case.head_size, case.value_size) > LARGEST_HEAD:
