@@ -18,7 +18,6 @@ from filelock import FileLock, Timeout
 from hf_dilated.patching.errors import PatchError
 
 JOURNAL = ".hf_dilated-journal.json"
-LOCK = ".hf_dilated-lock"
 CHUNK = 16 << 20  # bytes copied at once
 Progress = Callable[[str, int], None]  # name of a file, and bytes of it that are done
 
@@ -42,18 +41,29 @@ def staged(destination: Path, job: Mapping[str, Any]) -> Iterator["Staging"]:
     check_is_new(destination)
     folder = staging_folder(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
+    with _locked(destination):
+        check_is_new(destination)  # it may have been finished meanwhile
+        folder.mkdir(exist_ok=True)
+        staging = Staging(folder, job)
+        with _storage_errors(folder):
+            yield staging
+            staging.publish(destination)
+
+
+@contextmanager
+def _locked(destination: Path) -> Iterator[None]:
+    """Keep other processes from the staging folder, until after its rename: the lock lies beside it."""
+    path = destination.parent / f".{destination.name}.hf_dilated-lock"
+    lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise PatchError(f"{destination}: another process is writing it") from error
     try:
-        staging = Staging(folder, job)
-        with _storage_errors(folder):
-            yield staging
-            staging.publish(destination)
+        yield
     finally:
+        if os.name != "nt":  # open files cannot be removed there
+            path.unlink(missing_ok=True)  # filelock gives nobody a lock on a removed file
         lock.release()
 
 
@@ -116,10 +126,9 @@ class Staging:
         """Put the finished folder in place, without what only the way there needed."""
         for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and name not in self.done and name not in (JOURNAL, LOCK):
+            if path.is_file() and name not in self.done and name != JOURNAL:
                 path.unlink()
         (self.folder / JOURNAL).unlink()
-        (self.folder / LOCK).unlink()
         _flush_folder(self.folder)
         os.rename(self.folder, destination)
         _flush_folder(destination.parent)

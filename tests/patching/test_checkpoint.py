@@ -1,6 +1,5 @@
 """Checkpoints on disk: there, through Transformers, and back."""
 
-import errno
 import fnmatch
 import json
 import os
@@ -14,28 +13,16 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_dilated import BlockSparseConfig, ConfigError, DilatedConfig, PatchError, patch_checkpoint, unpatch_checkpoint
 from hf_dilated.integration.persistence import stored_config
-from hf_dilated.patching import plan_patch, source, staging
+from hf_dilated.patching import plan_patch, source
+from tests.patching.folders import contents, tensors
 from tests.tiny_models import model_class, tiny_config
 
 BLOCKS = BlockSparseConfig(block_size=16, local_blocks=4, global_blocks=1)
 PATTERN = DilatedConfig(segment_lengths=(8, 16), dilation_rates=(1, 2), sink_tokens=2)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
 
 
 @pytest.mark.parametrize("link", [True, False])
@@ -325,42 +312,6 @@ def test_an_existing_destination_is_refused(checkpoint: Path, tmp_path: Path, ki
         destination.symlink_to(tmp_path / "nowhere")
     with pytest.raises(PatchError, match="exists already"):
         patch_checkpoint(checkpoint, destination)
-
-
-def test_no_space(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(PatchError, match="GB free; make room"):
-        patch_checkpoint(checkpoint, tmp_path / "long", link=False)
-    assert set(tmp_path.iterdir()) == {checkpoint}
-    patch_checkpoint(checkpoint, tmp_path / "long", link=True)
-
-
-def test_a_disk_that_fills_up(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy, done = staging._copy, []
-
-    def fills_up(source: Path, target: Path, progress: Any) -> None:
-        done.append(source.name)
-        if len(done) == 2:
-            target.with_name(f"{target.name}.partial").write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        copy(source, target, progress)
-
-    monkeypatch.setattr(staging, "_copy", fills_up)
-    before = contents(checkpoint)
-    with pytest.raises(PatchError, match="No space left on device.*The source is untouched; repeat the call"):
-        patch_checkpoint(checkpoint, tmp_path / "long", link=False)
-    assert not (tmp_path / "long").exists()
-    patch_checkpoint(checkpoint, tmp_path / "long", link=False)
-    assert done.count(done[0]) == 1, "what was finished is copied again"
-    assert not list((tmp_path / "long").rglob("*.partial"))
-    assert contents(checkpoint) == before
-    assert set(tmp_path.iterdir()) == {checkpoint, tmp_path / "long"}
-
-
-def test_only_one_process_at_a_time(checkpoint: Path, tmp_path: Path) -> None:
-    plan = plan_patch(checkpoint, tmp_path / "long")
-    with staging.staged(tmp_path / "long", plan._job()), pytest.raises(PatchError, match="another process is writing"):
-        plan.execute()
 
 
 def test_a_model_on_the_hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
