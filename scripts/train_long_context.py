@@ -30,6 +30,7 @@ from transformers import (
 
 import hf_dilated  # noqa: F401  (registers the backends)
 from hf_dilated.integration.persistence import stored_config
+from hf_dilated.integration.reach import reach_of
 from hf_dilated.patching.configuration import patch_config
 from hf_dilated.patching.rope import extend
 from hf_dilated.tasks import Haystack, lesson
@@ -112,13 +113,13 @@ def load_model(arguments: ModelArguments) -> Any:
 
 
 def _check_is_met(config: Any, arguments: ModelArguments) -> None:
-    stored, reach = stored_config(config), config.get_text_config().max_position_embeddings
+    stored, reach = stored_config(config), reach_of(config)
     if arguments.attention != stored.attn_implementation or arguments.pattern or arguments.rope_scaling:
         raise ValueError(
             f"{arguments.model} runs {stored.attn_implementation!r} already: leave out pattern and rope_scaling and "
             f"pass --attention {stored.attn_implementation}, or start from the dense checkpoint"
         )
-    if reach < arguments.max_length:
+    if reach is not None and reach < arguments.max_length:
         raise ValueError(f"max_length: {arguments.model} is patched for {reach:,} tokens; start from the dense one")
 
 

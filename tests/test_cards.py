@@ -130,6 +130,12 @@ def test_nothing_is_made_up(checkpoint: Path) -> None:
         write_card(checkpoint)
 
 
+def test_dynamic_positions_reach_further_than_their_formula_says(checkpoint: Path, tmp_path: Path) -> None:
+    options = {"max_position_embeddings": 1024, "rope_scaling": "dynamic"}
+    patch_checkpoint(tmp_path / "plain", tmp_path / "dynamic", **options)
+    assert "reading up to 1,024 tokens" in make_card(tmp_path / "dynamic").text
+
+
 def test_a_vision_language_model(tmp_path: Path) -> None:
     model_class("llava").from_config(tiny_config("llava")).save_pretrained(tmp_path / "plain")
     patch_checkpoint(tmp_path / "plain", tmp_path / "long", attention=PATTERN)

@@ -16,6 +16,7 @@ from hf_dilated.evaluation.report import Report, short_count
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.loading import load_statement
 from hf_dilated.integration.persistence import stored_config
+from hf_dilated.integration.reach import reach_of
 from hf_dilated.integration.report import ModelReport, report
 
 PLOTS = ("perplexity.png", "retrieval.png", "cost.png")
@@ -150,9 +151,8 @@ def _pipeline(config: Any) -> str | None:
 
 
 def _summary(config: Any, layers: ModelReport, base_model: str | None) -> str:
-    text = config.get_text_config()
     origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"A {layers.model}"
-    length = getattr(text, "max_position_embeddings", None)
+    length = reach_of(config)
     reads = f", reading up to {length:,} tokens" if length else ""
     return f"{origin} with `{layers.backend}` attention of hf_dilated{reads}."
 

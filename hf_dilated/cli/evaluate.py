@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hf_dilated.cli.console import console, errors
 from hf_dilated.config import ConfigError, DilatedConfig
 from hf_dilated.evaluation.report import Report
-from hf_dilated.evaluation.suite import DENSE, PARTS, Evaluation, steps, trained_length
+from hf_dilated.evaluation.suite import DENSE, PARTS, Evaluation, steps
 from hf_dilated.evaluation.suite import evaluate as measure
 from hf_dilated.integration.persistence import stored_config
+from hf_dilated.integration.reach import reach_of, trained_length
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.tasks import TASKS, Haystack
 
@@ -80,7 +81,7 @@ def run(
     """
     config = AutoConfig.from_pretrained(model)
     trained = trained or trained_length(config)
-    max_length = max_length or getattr(config.get_text_config(), "max_position_embeddings", None)
+    max_length = max_length or reach_of(config)
     if trained is None or max_length is None:
         raise ValueError("max_length: the configuration does not tell; pass --max-length and --trained")
     plan = Evaluation(

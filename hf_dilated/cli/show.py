@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from hf_dilated.cli.console import console, errors, notes
 from hf_dilated.config import ConfigError
 from hf_dilated.integration.layers import WINDOWED, layer_pattern
+from hf_dilated.integration.reach import reach_of
 from hf_dilated.integration.report import ModelReport, ReportError, report
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.patterns import BlockSparsePattern, Pattern
@@ -43,7 +44,7 @@ def show(
             result = report(config, backend)
         text_config = config.get_text_config()
         pattern = _pattern(text_config, layer, result.backend)
-        length = length or min(getattr(text_config, "max_position_embeddings", DEFAULT_LENGTH), DEFAULT_LENGTH)
+        length = length or min(reach_of(config) or DEFAULT_LENGTH, DEFAULT_LENGTH)
         sight = look(
             pattern, length, head=head, heads=result.heads, kv_heads=result.kv_heads, is_causal=result.is_causal
         )

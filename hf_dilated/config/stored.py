@@ -26,6 +26,7 @@ class StoredConfig:
     Args:
         attn_implementation: The backend that runs.
         dilated: Its pattern, if it is dilated.
+        block_sparse: Its pattern, if it is block-sparse.
         ring: How sequences are spread over ranks.
         memory: Settings of memory that a user made.
         original: Values of ``config.json`` that patching a checkpoint has replaced; None if it was not patched.

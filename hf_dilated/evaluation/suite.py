@@ -72,13 +72,6 @@ class Evaluation:
         return lengths
 
 
-def trained_length(config: Any) -> int | None:
-    """Return the length that the dense model was made for, in tokens, as far as the configuration tells."""
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    return rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
-
-
 @contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
     """Let a model run another attention for a while; ``"dense"`` is sdpa.

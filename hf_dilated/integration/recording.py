@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_dilated.config import MemoryConfig
 from hf_dilated.integration.memory import model_memory
 from hf_dilated.integration.persistence import stored_config
+from hf_dilated.integration.reach import reach_of
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.memory.recording import Recording
 
@@ -42,7 +43,7 @@ def record(
         UnsupportedError: If no layer of the model runs one of our backends.
     """
     text_config = model.config.get_text_config()
-    length = length or min(LONGEST, getattr(text_config, "max_position_embeddings", None) or LONGEST)
+    length = length or min(LONGEST, reach_of(model.config) or LONGEST)
     ids = torch.randint(0, text_config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with _everything_pooled(model):
         layers = model_memory(model)

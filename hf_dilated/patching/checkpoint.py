@@ -13,6 +13,7 @@ from transformers.core_model_loading import WeightConverter
 
 from hf_dilated.integration.loading import load_statement
 from hf_dilated.integration.persistence import stored_config
+from hf_dilated.integration.reach import reach_of
 from hf_dilated.integration.report import ModelReport
 from hf_dilated.patching import remote_code as code
 from hf_dilated.patching import source as sources
@@ -47,6 +48,7 @@ class CheckpointPlan:
         written: Small files that are written anew, and their text.
         is_linked: Whether weights become hard links; otherwise they are copied piece by piece.
         load_statement: The lines that load the checkpoint.
+        longest_input: How far it reads, in tokens; None if its configuration does not tell.
         report: What every layer of the patched model runs; None when a patch is taken back.
     """
 
@@ -57,6 +59,7 @@ class CheckpointPlan:
     written: Mapping[str, str]
     is_linked: bool
     load_statement: str
+    longest_input: int | None
     report: ModelReport | None = None
 
     @property
@@ -78,6 +81,7 @@ class CheckpointPlan:
             "destination": str(self.destination),
             "weights": f"{weights}, {'hard links' if self.is_linked else 'copied'}",
             "max_position_embeddings": text.get("max_position_embeddings"),
+            "longest_input": self.longest_input,
             "rope_parameters": text.get("rope_parameters"),
             "copied": list(self.copied),
             "written": list(self.written),
@@ -252,6 +256,7 @@ def _plan(
         written=written,
         is_linked=link and can_link(folder / next(iter(weights.files)), destination),
         load_statement=load_statement(config, str(destination)),
+        longest_input=reach_of(config),
         report=report,
     )
 

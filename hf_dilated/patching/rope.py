@@ -8,6 +8,7 @@ from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_dilated.integration.layers import ATTENDING
+from hf_dilated.integration.reach import reach_of
 from hf_dilated.patching.errors import PatchError
 
 BY_NAME = ("yarn", "linear", "dynamic")
@@ -71,7 +72,7 @@ def extend(config: Any, length: int, scaling: RopeScaling = None) -> None:
 
 def reach(config: Any, length: int | None) -> int | None:
     """Longest input in tokens: ``length`` if it was asked for, else what the configuration says."""
-    return length if length is not None else getattr(config, "max_position_embeddings", None)
+    return length if length is not None else reach_of(config)
 
 
 def rotary_modules(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module]]:

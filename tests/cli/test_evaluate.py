@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from hf_dilated import patch_checkpoint
 from hf_dilated.cli import app
 from tests.tiny_checkpoint import TEXT, save_tiny_checkpoint
 
@@ -37,6 +38,15 @@ def test_json_alone(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--part", "short", "--device", "cpu", "--json"])
     assert result.exit_code == 0, result.output
     assert [row["attention"] for row in json.loads(result.stdout)["short"]] == ["dense", "dilated"]
+
+
+def test_dynamic_positions_are_measured_as_far_as_they_reach(folder: Path, tmp_path: Path) -> None:
+    patch_checkpoint(folder, tmp_path / "long", max_position_embeddings=128, rope_scaling="dynamic")
+    arguments = ["evaluate", str(tmp_path / "long"), "--text", str(folder / "text.py"), "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, [*arguments, "--part", "short", "--device", "cpu", "--json"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)["plan"]
+    assert (plan["max_length"], plan["trained_length"]) == (128, 64)
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,14 @@ def test_a_dry_run_as_json(checkpoint: Path, tmp_path: Path) -> None:
     result = run("patch", checkpoint, tmp_path / "long", "--length", 1024, "--dry-run", "--json")
     plan = json.loads(result.stdout)
     assert plan["layers"] == {"pattern": 2}
-    assert plan["max_position_embeddings"] == 1024
+    assert plan["max_position_embeddings"] == plan["longest_input"] == 1024
     assert not (tmp_path / "long").exists()
+
+
+def test_the_plan_of_dynamic_positions_says_how_far_they_reach(checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--length", 1024, "--rope-scaling", "dynamic", "--dry-run", "--json")
+    plan = json.loads(run("patch", checkpoint, tmp_path / "long", *options).stdout)
+    assert (plan["max_position_embeddings"], plan["longest_input"]) == (256, 1024)
 
 
 @pytest.mark.parametrize(

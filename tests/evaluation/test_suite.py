@@ -11,7 +11,8 @@ from hf_dilated import DilatedConfig
 from hf_dilated.evaluation.perplexity import perplexity_by_position, read, read_in_windows
 from hf_dilated.evaluation.plots import save_plots
 from hf_dilated.evaluation.report import Report
-from hf_dilated.evaluation.suite import Evaluation, attention, evaluate, steps, trained_length
+from hf_dilated.evaluation.suite import Evaluation, attention, evaluate, steps
+from hf_dilated.integration.reach import trained_length
 from hf_dilated.patching import patch_model
 from hf_dilated.tasks import Haystack
 from tests.tiny_checkpoint import TEXT, save_tiny_checkpoint, tokenizer

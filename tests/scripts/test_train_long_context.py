@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArguments
 
 from hf_dilated.integration.persistence import stored_config
-from hf_dilated.patching import PatchError
+from hf_dilated.patching import PatchError, patch_checkpoint
 from tests.tiny_checkpoint import save_tiny_checkpoint
 
 script = importlib.import_module("train_long_context")
@@ -138,6 +138,15 @@ def test_a_patched_checkpoint_is_taken_as_it_is(base: Path, uninterrupted: Path,
         with pytest.raises(ValueError, match=message):
             run(base, tmp_path / "refused", model=uninterrupted, **options)
     assert not (tmp_path / "refused" / "model.safetensors").exists()
+
+
+def test_dynamic_positions_are_taken_as_far_as_they_reach(base: Path, tmp_path: Path) -> None:
+    patch_checkpoint(base / "model", tmp_path / "long", max_position_embeddings=256, rope_scaling="dynamic")
+    arguments = {"model": str(tmp_path / "long")}
+    model = script.load_model(script.ModelArguments(**arguments, max_length=256))
+    assert model.config.max_position_embeddings == 64
+    with pytest.raises(ValueError, match="patched for 256 tokens"):
+        script.load_model(script.ModelArguments(**arguments, max_length=257))
 
 
 @pytest.mark.parametrize(
