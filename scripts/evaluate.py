@@ -15,6 +15,7 @@ import typer
 from train_base import is_held_out, read_library
 from training.library import CHARACTERS_PER_TOKEN, joined
 
+from hf_dilated.cli.console import pictures, refusals
 from hf_dilated.cli.evaluate import run, show
 from hf_dilated.evaluation.suite import PARTS
 from hf_dilated.tasks import TASKS
@@ -35,10 +36,11 @@ def main(
     """Evaluate a checkpoint on held-out files of the standard library."""
     held_out = {path: text for path, text in read_library().items() if is_held_out(path)}
     chosen = dict(list(joined(held_out, max_length * CHARACTERS_PER_TOKEN).items())[:documents])
-    report = run(
-        model, chosen, output, max_length=max_length, attentions=attention, parts=part, tasks=task, repeats=repeats,
-        device=device, dtype=dtype,
-    )  # fmt: skip
+    with refusals(model, ImportError), pictures():
+        report = run(
+            model, chosen, output, max_length=max_length, attentions=attention, parts=part, tasks=task, repeats=repeats,
+            device=device, dtype=dtype,
+        )  # fmt: skip
     show(report, output)
 
 

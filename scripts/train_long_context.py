@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -221,7 +222,7 @@ def main() -> None:
     model, data, arguments = parser.parse_args_into_dataclasses()
     try:
         run(model, data, arguments)
-    except ValueError as error:
+    except (StrictDataclassError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

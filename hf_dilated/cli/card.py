@@ -6,11 +6,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from hf_dilated.cards import CardError, write_card
-from hf_dilated.cli.console import console, errors
-from hf_dilated.config import ConfigError
-from hf_dilated.integration.report import ReportError
-from hf_dilated.integration.support import UnsupportedError
+from hf_dilated.cards import write_card
+from hf_dilated.cli.console import console, refusals
 
 
 def card(
@@ -31,7 +28,7 @@ def card(
 
     Exits with 1 if the folder holds no backend, has a card already, or the evaluation is another pattern's.
     """
-    try:
+    with refusals():
         path = write_card(
             folder,
             evaluation=evaluation,
@@ -42,7 +39,4 @@ def card(
             language=language or None,
             limits=limit or (),
         )
-    except (CardError, ConfigError, UnsupportedError, ReportError, OSError) as error:
-        errors.print(f"[bold red]refused[/] {escape(str(error))}")
-        raise typer.Exit(1) from error
     console.print(f"{escape(str(path))}; publish the folder with `hf upload {escape(name or 'user/model')} {folder}`")

@@ -10,14 +10,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_dilated.cli.console import console, errors
-from hf_dilated.config import ConfigError, DilatedConfig
+from hf_dilated.cli.console import console, errors, pictures, refusals
+from hf_dilated.config import DilatedConfig
 from hf_dilated.evaluation.report import Report
 from hf_dilated.evaluation.suite import DENSE, PARTS, Evaluation, steps
+from hf_dilated.evaluation.suite import attention as running
 from hf_dilated.evaluation.suite import evaluate as measure
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.reach import reach_of, trained_length
-from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.tasks import TASKS, Haystack
 
 
@@ -42,17 +42,15 @@ def evaluate(
     """Measure quality, speed and memory of a model with several attentions.
 
     Reads the texts with each attention and reports perplexity by position, what is found in long texts, perplexity of
-    short texts, and time and memory. Exits with 1 if the model, an option or a text would be refused.
+    short texts, and time and memory. Exits with 1 if the model, an option or a text would be refused, with 2 without
+    matplotlib.
     """
-    try:
+    with refusals(model, ImportError), pictures():
         texts = {path.name: path.read_text("utf-8") for path in text}
         report = run(
             model, texts, output, max_length=max_length, trained=trained, attentions=attention, parts=part, tasks=task,
             repeats=repeats, device=device, dtype=dtype,
         )  # fmt: skip
-    except (UnsupportedError, ConfigError, ValueError, OSError) as error:
-        errors.print(f"[bold red]refused[/] {escape(model)}: {escape(str(error))}")
-        raise typer.Exit(1) from error
     if as_json:
         typer.echo((output / "report.json").read_text("utf-8"), nl=False)
     else:
@@ -78,7 +76,10 @@ def run(
     Raises:
         ValueError: If an option is missing or malformed, or a text is shorter than two tokens.
         UnsupportedError: If the model would be refused.
+        ImportError: If there is no matplotlib.
     """
+    import hf_dilated.evaluation.plots  # noqa: F401  (before hours of measuring)
+
     config = AutoConfig.from_pretrained(model)
     trained = trained or trained_length(config)
     max_length = max_length or reach_of(config)
@@ -101,6 +102,10 @@ def run(
         for name, text in texts.items()
     }
     haystack = Haystack(tokenizer, "\n".join(texts.values()))
+    for name in plan.attentions:
+        with running(loaded, name):
+            pass  # an unknown one is refused before anything is measured or made
+    output.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=errors) as progress:
         bar = progress.add_task("evaluate", total=steps(plan))

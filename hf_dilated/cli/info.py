@@ -9,12 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig
 
-from hf_dilated.cli.console import console, errors, notes
-from hf_dilated.config import BlockSparseConfig, ConfigError, DilatedConfig
+from hf_dilated.cli.console import console, notes, refusals
+from hf_dilated.config import BlockSparseConfig, DilatedConfig
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.persistence import stored_config
-from hf_dilated.integration.report import LayerReport, ModelReport, ReportError, keys_per_query, report
-from hf_dilated.integration.support import UnsupportedError
+from hf_dilated.integration.report import LayerReport, ModelReport, keys_per_query, report
 from hf_dilated.patterns import DilatedPattern
 
 
@@ -32,19 +31,13 @@ def info(
 
     Exits with 1 if the model, or one of its layers, would be refused.
     """
-    try:
+    with refusals(model, unread="no report on", unread_code=2):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         with notes():
             backend = backend or stored_config(config).attn_implementation or "dilated"
             if max_length is not None and backend in BACKENDS:
                 config.hf_dilated = BACKENDS[backend].config_class.from_model_config(config, max_length=max_length)
             result = report(config, backend)
-    except (UnsupportedError, ConfigError) as error:
-        errors.print(f"[bold red]refused[/] {escape(model)}: {escape(str(error))}")
-        raise typer.Exit(1) from error
-    except (OSError, ReportError) as error:
-        errors.print(f"[bold red]no report[/] on {escape(model)}: {escape(str(error))}")
-        raise typer.Exit(2) from error
     _show(result)
     if not result.runs:
         raise typer.Exit(1)
@@ -83,13 +76,8 @@ def _memory(layers: tuple[LayerReport, ...]) -> dict[tuple[str, str], list[int]]
     groups: dict[tuple[str, str], list[int]] = {}
     for layer in layers:
         if layer.memory is not None:
-            groups.setdefault((layer.memory.mode, layer.memory.reason), []).append(_number(layer))
+            groups.setdefault((layer.memory.mode, layer.memory.reason), []).append(layer.index)
     return groups
-
-
-def _number(layer: LayerReport) -> int:
-    number = re.search(r"\d+", layer.name)
-    return int(number[0]) if number else 0
 
 
 def _grouped(layers: tuple[LayerReport, ...]) -> list[tuple[tuple[str, str, str], list[int]]]:
@@ -97,7 +85,7 @@ def _grouped(layers: tuple[LayerReport, ...]) -> list[tuple[tuple[str, str, str]
     groups: dict[tuple[str, str, str], list[int]] = {}
     for layer in layers:
         module = re.sub(r"\d+", "*", layer.name, count=1)
-        groups.setdefault((module, layer.kind, layer.why), []).append(_number(layer))
+        groups.setdefault((module, layer.kind, layer.why), []).append(layer.index)
     return list(groups.items())
 
 

@@ -6,11 +6,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.markup import escape
 
-from hf_dilated.cli.console import console, errors
-from hf_dilated.config import ConfigError
-from hf_dilated.integration.support import UnsupportedError
+from hf_dilated.cli.console import console, errors, refusals
 
 
 def lm_eval(
@@ -45,7 +42,7 @@ def lm_eval(
     except ImportError as error:
         errors.print(f'[bold red]lm-evaluation-harness is missing[/]: pip install "hf_dilated\\[lm-eval]" ({error})')
         raise typer.Exit(2) from error
-    try:
+    with refusals(model, KeyError):
         loaded = DilatedLM(
             model, attention, pattern, device=device, dtype=dtype, batch_size=batch_size, max_length=max_length
         )
@@ -53,9 +50,6 @@ def lm_eval(
         results: dict[str, Any] | None = simple_evaluate(
             loaded, tasks=tasks.split(","), num_fewshot=num_fewshot, limit=limit, task_manager=manager
         )
-    except (UnsupportedError, ConfigError, ValueError, KeyError, OSError) as error:
-        errors.print(f"[bold red]refused[/] {escape(model)}: {escape(str(error))}")
-        raise typer.Exit(1) from error
     if results is None:  # another rank reports
         return
     text = json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False)

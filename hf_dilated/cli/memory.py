@@ -4,13 +4,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from hf_dilated.cli.console import console, errors, notes
-from hf_dilated.config import ConfigError
+from hf_dilated.cli.console import console, errors, notes, pictures, refusals
 from hf_dilated.integration.recording import load, record
-from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.memory.recording import Recording
 
 MIB = 1 << 20
@@ -29,12 +26,10 @@ def memory(
 
     Buffers of any size are shown, also those that are too small to be pooled.
     """
-    try:
-        with notes():
-            recording, stats = record(load(model, trust_remote_code=trust_remote_code), length, train=train)
-    except (UnsupportedError, ConfigError, OSError) as error:
-        errors.print(f"[bold red]no run[/] of {escape(model)}: {escape(str(error))}")
-        raise typer.Exit(1) from error
+    with pictures():
+        import matplotlib.figure  # noqa: F401  (before the model runs)
+    with refusals(model, unread="no run of"), notes():
+        recording, stats = record(load(model, trust_remote_code=trust_remote_code), length, train=train)
     if not recording.events:
         errors.print("nothing to show: inputs this short run on torch's own attention; try a longer --length")
         raise typer.Exit(1)

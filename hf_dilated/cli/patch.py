@@ -1,8 +1,6 @@
 """``hf-dilated patch`` and ``hf-dilated unpatch``."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from hf_dilated.cli.console import console, errors, notes
-from hf_dilated.config import ConfigError
+from hf_dilated.cli.console import console, errors, notes, refusals
 from hf_dilated.patching import CheckpointPlan, PatchError, plan_patch, plan_unpatch
 
 Source = Annotated[str, typer.Argument(help="Folder of a checkpoint, or a model's name on the Hub.")]
@@ -48,7 +45,7 @@ def patch(
 
     Weights are linked or streamed, never loaded. Exits with 1 if the checkpoint or an option is refused.
     """
-    with _refusals(), notes():
+    with refusals(), notes():
         plan = plan_patch(
             source,
             destination,
@@ -78,17 +75,8 @@ def unpatch(
     as_json: AsJson = False,
 ) -> None:
     """Write a copy of a patched checkpoint that is the dense model again."""
-    with _refusals(), notes():
+    with refusals(), notes():
         _run(plan_unpatch(source, destination, keep_rope=keep_rope, link=not copy), dry_run, as_json)
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except (PatchError, ConfigError) as error:
-        errors.print(f"[bold red]refused[/] {escape(str(error))}")
-        raise typer.Exit(1) from error
 
 
 def _run(plan: CheckpointPlan, dry_run: bool, as_json: bool) -> None:

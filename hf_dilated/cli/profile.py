@@ -8,12 +8,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from hf_dilated.cli.console import console, errors, notes
-from hf_dilated.config import ConfigError, DilatedConfig
+from hf_dilated.cli.console import console, notes, refusals
+from hf_dilated.config import DilatedConfig
 from hf_dilated.config.memory import MemoryMode
 from hf_dilated.functional import dilated_attention
 from hf_dilated.integration.recording import load, record
-from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.memory import auto_configure_memory_pool
 from hf_dilated.memory.measure import CONTROL, compare
 from hf_dilated.memory.policy import Thresholds
@@ -56,13 +55,9 @@ def profile(
     rows = [row for length in _parse(lengths) for row in measure(length, heads, head_dim, rounds)]
     plans = {}
     if model:
-        try:
-            with notes():
-                loaded = load(model)
-                plans = {model_key(loaded.config): record(loaded)[0].plan()[:LONGEST_PLAN]}
-        except (UnsupportedError, ConfigError, OSError) as error:
-            errors.print(f"[bold red]no run[/] of {escape(model)}: {escape(str(error))}")
-            raise typer.Exit(1) from error
+        with refusals(model, unread="no run of"), notes():
+            loaded = load(model)
+            plans = {model_key(loaded.config): record(loaded)[0].plan()[:LONGEST_PLAN]}
     thresholds = thresholds_of(rows)
     found = Profile(
         machine=this_machine(),

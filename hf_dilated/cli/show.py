@@ -9,11 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig
 
-from hf_dilated.cli.console import console, errors, notes
-from hf_dilated.config import ConfigError
+from hf_dilated.cli.console import console, notes, pictures, refusals
 from hf_dilated.integration.layers import WINDOWED, layer_pattern
 from hf_dilated.integration.reach import reach_of
-from hf_dilated.integration.report import ModelReport, ReportError, report
+from hf_dilated.integration.report import ModelReport, report
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.patterns import BlockSparsePattern, Pattern
 from hf_dilated.patterns.sight import Sight, look
@@ -37,23 +36,21 @@ def show(
     output: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run model code that the checkpoint brings.")] = False,
 ) -> None:
-    """Draw who sees whom in a layer of a model, and say what that costs; reads its config.json alone."""
-    try:
+    """Draw who sees whom in a layer of a model, and say what that costs; reads its config.json alone.
+
+    Exits with 1 if the model would be refused, or the layer has attention of its own.
+    """
+    with refusals(model, unread="nothing to show of", unread_code=2):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         with notes():
             result = report(config, backend)
+        _check_runs(result, layer)
         text_config = config.get_text_config()
         pattern = _pattern(text_config, layer, result.backend)
         length = length or min(reach_of(config) or DEFAULT_LENGTH, DEFAULT_LENGTH)
         sight = look(
             pattern, length, head=head, heads=result.heads, kv_heads=result.kv_heads, is_causal=result.is_causal
         )
-    except (UnsupportedError, ConfigError) as error:
-        errors.print(f"[bold red]refused[/] {escape(model)}: {escape(str(error))}")
-        raise typer.Exit(1) from error
-    except (OSError, ReportError, ValueError) as error:
-        errors.print(f"[bold red]nothing to show[/] of {escape(model)}: {escape(str(error))}")
-        raise typer.Exit(2) from error
     title = f"{result.backend}, layer {layer}, head {head}, {length:,} tokens"
     console.print(f"[bold]{escape(result.model)}[/] {title}; rows are queries, columns are keys")
     for line in in_blocks(sight):
@@ -83,6 +80,15 @@ def _shade(share: float) -> str:
     if np.isnan(share):
         return " "
     return SHADES[-1] if share == 1 else SHADES[int(np.ceil(share * 3))]
+
+
+def _check_runs(result: ModelReport, layer: int) -> None:
+    """A pattern that never runs is not drawn: one refused layer stops the whole model."""
+    for found in result.layers:
+        if found.kind == "refused":
+            raise UnsupportedError(f"{found.name}: {found.why}")
+        if found.kind == "own attention" and found.index == layer:
+            raise UnsupportedError(f"{found.name} runs no pattern but {found.why}; choose another --layer")
 
 
 def _pattern(config: Any, layer: int, backend: str) -> Pattern:
@@ -117,11 +123,8 @@ def _costs(sight: Sight, result: ModelReport, config: Any) -> Table:
 
 
 def _draw(sight: Sight, title: str, path: Path) -> None:
-    try:
+    with pictures():
         from matplotlib.figure import Figure
-    except ImportError as error:
-        errors.print("[bold red]no picture[/]: needs matplotlib; `pip install hf_dilated\\[eval]`")
-        raise typer.Exit(2) from error
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.add_subplot()
     cells = min(PIXELS, len(sight.queries))

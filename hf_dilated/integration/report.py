@@ -50,6 +50,12 @@ class LayerReport:
     ordinal: int = 0
     memory: MemoryPolicy | None = None
 
+    @property
+    def index(self) -> int:
+        """Place in its stack: the first number in its name; 0 if there is none."""
+        number = re.search(r"\d+", self.name)
+        return int(number[0]) if number else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReport:

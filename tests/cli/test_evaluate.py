@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,27 @@ def test_bad_options_exit_with_1_and_write_nothing(
     assert result.exit_code == 1, result.output
     assert message in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_measured_that_could_not_be_drawn_or_saved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[object] = []
+    monkeypatch.setattr(sys.modules["hf_dilated.cli.evaluate"], "measure", lambda *given: measured.append(given))
+    (tmp_path / "file").touch()
+    arguments = ["evaluate", str(folder), "--text", str(folder / "text.py"), "--device", "cpu", "--output"]
+    in_the_way = CliRunner().invoke(app, [*arguments, str(tmp_path / "file")])
+    assert in_the_way.exit_code == 1, in_the_way.output
+    assert "refused" in in_the_way.output
+    monkeypatch.delitem(sys.modules, "hf_dilated.evaluation.plots", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    without = CliRunner().invoke(app, [*arguments, str(tmp_path / "out")])
+    assert without.exit_code == 2, without.output
+    assert "needs matplotlib" in without.output
+    assert not (tmp_path / "out").exists()
+    assert not measured
 
 
 def test_files_are_laid_end_to_end() -> None:

@@ -1,5 +1,6 @@
 """The command `hf-dilated`, on configurations alone."""
 
+import json
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -89,6 +90,28 @@ def test_what_cannot_be_told_exits_with_2(tmp_path: Path) -> None:
     assert "no report" in missing.output
     tf.Wav2Vec2Config().save_pretrained(tmp_path)
     assert run("info", tmp_path).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["info", "show", "memory", "evaluate", "card", "patch", "profile"])
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"model_type": "from_tomorrow"}, "from_tomorrow"),
+        ({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 3}, "hidden size"),
+    ],
+    ids=["unknown", "contradictory"],
+)
+def test_a_configuration_that_transformers_refuses(
+    tmp_path: Path, command: str, values: dict[str, object], reason: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "text.txt").write_text("Once upon a time.")
+    more = {"evaluate": ("--text", tmp_path / "text.txt", "--output", tmp_path / "out"), "patch": (tmp_path / "out",)}
+    more["profile"] = ("--lengths", "8", "--rounds", "3", "--heads", "1", "--head-dim", "8")
+    result = run(command, tmp_path, *more.get(command, ()))
+    assert result.exit_code == (2 if command in ("info", "show") else 1)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert reason in " ".join(result.output.split())
 
 
 def test_help_without_arguments() -> None:

@@ -44,6 +44,18 @@ def test_show(tmp_path, backend):
 
 
 @pytest.mark.parametrize(
+    ("family", "layer", "reason"),
+    [("gemma2", 0, "softcap=50.0"), ("qwen3_next", 0, "layers.0 runs no pattern but"), ("qwen3_next", 1, None)],
+)
+def test_a_pattern_that_never_runs_is_not_drawn(tmp_path, family, layer, reason):
+    tiny_config(family).save_pretrained(tmp_path)
+    result = runner.invoke(app, ["show", str(tmp_path), "--layer", str(layer)], env={"COLUMNS": "200"})
+    assert result.exit_code == (0 if reason is None else 1), result.output
+    assert reason is None or reason in " ".join(result.output.split())
+    assert ("density" in result.output) == (reason is None)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--head", "4"], "head: expected 0 to 3"),

@@ -165,6 +165,12 @@ def test_bad_options(base: Path, tmp_path: Path, options: dict[str, Any], messag
         run(base, tmp_path, **options)
 
 
+def test_a_model_that_is_not_there(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *command_line(base, tmp_path, model=tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="error: .*nowhere"):
+        script.main()
+
+
 @pytest.mark.parametrize("shares", ["rows", "sequences"])
 def test_two_processes_learn_what_one_does(base: Path, tmp_path: Path, shares: str) -> None:
     """A row of two each, or half of every row each: the steps of one process with two rows."""
