@@ -16,7 +16,7 @@ Source = Annotated[str, typer.Argument(help="Folder of a checkpoint, or a model'
 Destination = Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy weights also where they could be hard links.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Verify everything, show the plan, and write nothing.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the plan as JSON, once it is done.")]
 
 
 def patch(
@@ -80,12 +80,15 @@ def unpatch(
 
 
 def _run(plan: CheckpointPlan, dry_run: bool, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(plan.to_dict(), indent=2))
-    else:
+    if not as_json:
         console.print(_table(plan))
-    if dry_run:
-        return
+    if not dry_run:
+        _execute(plan)
+    if as_json:  # a program that reads it may take what it says for done
+        typer.echo(json.dumps(plan.to_dict(), indent=2))
+
+
+def _execute(plan: CheckpointPlan) -> None:
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with Progress(*columns, console=errors, transient=True) as bars:
         task = bars.add_task("weights", total=plan.weights.total_bytes)

@@ -29,7 +29,7 @@ from hf_dilated.patching.configuration import (
 )
 from hf_dilated.patching.errors import PatchError
 from hf_dilated.patching.rope import RopeScaling
-from hf_dilated.patching.staging import Progress, Staging, can_link, check_is_new, check_space, staged
+from hf_dilated.patching.staging import Progress, Staging, can_link, check_is_new, staged
 from hf_dilated.patching.weights import Weights, check_shapes, read_weights
 
 TOKENIZER = "tokenizer_config.json"
@@ -67,11 +67,6 @@ class CheckpointPlan:
         """The new ``config.json``."""
         return json.loads(self.written[sources.CONFIG])
 
-    @property
-    def bytes_to_copy(self) -> int:
-        """Bytes of weights that the destination needs for itself."""
-        return 0 if self.is_linked else self.weights.total_bytes
-
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
         text = self.config.get("text_config", self.config)
@@ -102,8 +97,9 @@ class CheckpointPlan:
         Raises:
             PatchError: If it cannot be written, with the way to go on.
         """
-        check_space(self.destination, self.bytes_to_copy)
         with staged(self.destination, self._job()) as staging:
+            if not self.is_linked:
+                staging.check_space(self.weights.files)
             for name in self.weights.files:
                 staging.link_or_copy(self.source / name, name, link=self.is_linked, progress=progress)
             for name in self.copied:
@@ -116,6 +112,7 @@ class CheckpointPlan:
         files = {name: (self.source / name).stat() for name in (*self.weights.files, *self.copied)}
         return {
             "source": str(self.source.resolve()),
+            "is_linked": self.is_linked,
             "files": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
             "written": dict(self.written),
         }
@@ -271,7 +268,7 @@ def _tokenizer_limit(folder: Path, config: Any, length: int | None) -> dict[str,
     path = folder / TOKENIZER
     if length is None or not path.is_file():
         return {}
-    limit = json.loads(path.read_text(encoding="utf-8")).get(LIMIT)
+    limit = _tokenizer(path)[1].get(LIMIT)
     if not isinstance(limit, int) or limit >= length:
         return {}
     stored = config.hf_dilated
@@ -280,8 +277,17 @@ def _tokenizer_limit(folder: Path, config: Any, length: int | None) -> dict[str,
 
 
 def _tokenizer_file(folder: Path, limit: int) -> dict[str, str]:
-    text = (folder / TOKENIZER).read_text(encoding="utf-8")
-    return {TOKENIZER: to_json(json.loads(text) | {LIMIT: limit}, like=text)}
+    text, values = _tokenizer(folder / TOKENIZER)
+    return {TOKENIZER: to_json(values | {LIMIT: limit}, like=text)}
+
+
+def _tokenizer(path: Path) -> tuple[str, dict[str, Any]]:
+    """A tokenizer's configuration, as text and as values."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, {} | json.loads(text)
+    except (OSError, TypeError, ValueError) as error:
+        raise PatchError(f"{path}: is no JSON object: {error}; repair it or download it again") from error
 
 
 def _check_fits(weights: Weights, config: Any) -> None:

@@ -22,7 +22,7 @@ from hf_dilated.patching.errors import PatchError
 
 Attention = DilatedConfig | BlockSparseConfig | StoredConfig | Mapping[str, Any] | None
 # What patching may change beside the backend, and puts into StoredConfig.original.
-ROPE_FIELDS = ("max_position_embeddings", "rope_parameters")
+ROPE_FIELDS = ("max_position_embeddings", "rope_parameters", "head_dim")
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

@@ -25,7 +25,7 @@ def extend(config: Any, length: int, scaling: RopeScaling = None) -> None:
     """Let a text configuration reach further; nothing changes if it reaches as far already and no scaling is given.
 
     ``max_position_embeddings`` becomes ``length``, except for the type ``"dynamic"``, whose formula reads the trained
-    length there.
+    length there. A ``head_dim`` that is None becomes a number, because the formulas read it.
 
     Args:
         config: A Transformers text configuration; changed in place.
@@ -67,6 +67,8 @@ def extend(config: Any, length: int, scaling: RopeScaling = None) -> None:
     config.rope_parameters = rope
     if not all((rope[name] if name else rope)["rope_type"] == "dynamic" for name in layers):
         config.max_position_embeddings = length
+    if getattr(config, "head_dim", 0) is None:  # some of Transformers' formulas know a missing field, but no None
+        config.head_dim = config.hidden_size // config.num_attention_heads
     _validate(config)
 
 

@@ -36,18 +36,22 @@ def staged(destination: Path, job: Mapping[str, Any]) -> Iterator["Staging"]:
         job: What is being done, as plain JSON values; only the same job goes on with what it left unfinished.
 
     Raises:
-        PatchError: If the destination exists, another job was left unfinished there, or the same one runs now.
+        PatchError: If the destination exists or cannot be made, another job was left unfinished there, or the same
+            one runs now.
     """
     check_is_new(destination)
     folder = staging_folder(destination)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(destination):
+    with _locked(destination), _storage_errors(folder):
         check_is_new(destination)  # it may have been finished meanwhile
         folder.mkdir(exist_ok=True)
         staging = Staging(folder, job)
-        with _storage_errors(folder):
+        try:
             yield staging
             staging.publish(destination)
+        except BaseException:
+            if not staging.done:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -56,9 +60,12 @@ def _locked(destination: Path) -> Iterator[None]:
     path = destination.parent / f".{destination.name}.hf_dilated-lock"
     lock = FileLock(path, timeout=0)
     try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise PatchError(f"{destination}: another process is writing it") from error
+    except OSError as error:
+        raise PatchError(f"{destination}: cannot be made: {error}; choose another folder") from error
     try:
         yield
     finally:
@@ -86,6 +93,7 @@ class Staging:
         self.done: dict[str, int] = {}
         if (folder / JOURNAL).exists():
             self._resume()
+        self._remove_unfinished()
         self._save_journal()
 
     def _resume(self) -> None:
@@ -97,9 +105,32 @@ class Staging:
             )
         self.done = {name: size for name, size in journal["done"].items() if self._has(name, size)}
 
+    def _remove_unfinished(self) -> None:
+        for path in self.folder.rglob("*"):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_file() and name not in self.done and name != JOURNAL:
+                path.unlink()
+
     def _has(self, name: str, size: int) -> bool:
         path = self.folder / name
         return path.is_file() and path.stat().st_size == size
+
+    def check_space(self, sizes: Mapping[str, int]) -> None:
+        """Refuse to begin what cannot end.
+
+        Args:
+            sizes: Bytes of the files that are going to be copied, or were already.
+
+        Raises:
+            PatchError: If the file system has no room for those that are missing.
+        """
+        needed = sum(size for name, size in sizes.items() if self.done.get(name) != size)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise PatchError(
+                f"{self.folder}: needs {needed / 1e9:,.1f} GB more, and has {free / 1e9:,.1f} GB free; make room, or "
+                "choose a destination on the source's file system, where weights are linked"
+            )
 
     def link_or_copy(self, source: Path, name: str, *, link: bool, progress: Progress | None = None) -> None:
         """Bring a file over: by a hard link where that is possible and wanted, else in pieces of a few megabytes."""
@@ -124,10 +155,6 @@ class Staging:
 
     def publish(self, destination: Path) -> None:
         """Put the finished folder in place, without what only the way there needed."""
-        for path in self.folder.rglob("*"):
-            name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and name not in self.done and name != JOURNAL:
-                path.unlink()
         (self.folder / JOURNAL).unlink()
         _flush_folder(self.folder)
         os.rename(self.folder, destination)
@@ -149,21 +176,6 @@ def can_link(source: Path, destination: Path) -> bool:
     """Whether both lie on one file system, so that a file can have a second name there."""
     parent = next(folder for folder in destination.absolute().parents if folder.exists())
     return source.stat().st_dev == parent.stat().st_dev
-
-
-def check_space(destination: Path, needed: int) -> None:
-    """Refuse to begin what cannot end.
-
-    Raises:
-        PatchError: If the destination's file system has fewer than ``needed`` free bytes.
-    """
-    parent = next(folder for folder in destination.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise PatchError(
-            f"{destination}: needs {needed / 1e9:,.1f} GB, and {parent} has {free / 1e9:,.1f} GB free; make room, or "
-            "choose a folder on the source's file system, where weights are linked"
-        )
 
 
 def _linked(source: Path, target: Path) -> bool:

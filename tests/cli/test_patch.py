@@ -62,6 +62,17 @@ def test_the_plan_of_dynamic_positions_says_how_far_they_reach(checkpoint: Path,
     assert (plan["max_position_embeddings"], plan["longest_input"]) == (256, 1024)
 
 
+def test_json_says_what_was_done(checkpoint: Path, tmp_path: Path) -> None:
+    result = run("patch", checkpoint, tmp_path / "long", "--json")
+    assert json.loads(result.stdout)["destination"] == str(tmp_path / "long")
+    assert (tmp_path / "long" / "config.json").exists()
+    (tmp_path / "file").touch()
+    result = run("patch", checkpoint, tmp_path / "file" / "long", "--json")
+    assert result.exit_code == 1
+    assert not result.stdout
+    assert "cannot be made" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

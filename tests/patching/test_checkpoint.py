@@ -19,7 +19,7 @@ from hf_dilated import BlockSparseConfig, ConfigError, DilatedConfig, PatchError
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.patching import plan_patch, source
 from tests.patching.folders import contents, tensors
-from tests.tiny_models import model_class, tiny_config
+from tests.tiny_models import GROUPED, model_class, tiny_config
 
 BLOCKS = BlockSparseConfig(block_size=16, local_blocks=4, global_blocks=1)
 PATTERN = DilatedConfig(segment_lengths=(8, 16), dilation_rates=(1, 2), sink_tokens=2)
@@ -158,6 +158,15 @@ def test_families(tmp_path: Path, family: str) -> None:
     assert all((tmp_path / "plain" / n).read_bytes() == (tmp_path / "back" / n).read_bytes() for n in names)
 
 
+def test_a_head_size_that_is_left_open(tmp_path: Path) -> None:
+    plain = tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=2))
+    plain.save_pretrained(tmp_path / "plain")
+    patch_checkpoint(tmp_path / "plain", tmp_path / "long", attention=PATTERN, max_position_embeddings=1024)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "long").model.rotary_emb.rope_type == "yarn"
+    unpatch_checkpoint(tmp_path / "long", tmp_path / "back")
+    assert (tmp_path / "plain" / "config.json").read_bytes() == (tmp_path / "back" / "config.json").read_bytes()
+
+
 def test_windows_keep_their_own_rotary_positions(tmp_path: Path) -> None:
     model_class("gemma3").from_config(tiny_config("gemma3")).save_pretrained(tmp_path / "plain")
     patch_checkpoint(tmp_path / "plain", tmp_path / "long", attention=PATTERN, max_position_embeddings=1024)
@@ -285,6 +294,21 @@ def test_options_are_refused(
     with pytest.raises(error, match=message):
         patch_checkpoint(checkpoint, tmp_path / "long", **options)
     assert set(tmp_path.iterdir()) == {checkpoint}
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_tokenizer_file(checkpoint: Path, tmp_path: Path, text: str) -> None:
+    (checkpoint / "tokenizer_config.json").write_text(text)
+    with pytest.raises(PatchError, match=r"tokenizer_config\.json: is no JSON object"):
+        patch_checkpoint(checkpoint, tmp_path / "long", max_position_embeddings=1024)
+    assert set(tmp_path.iterdir()) == {checkpoint}
+
+
+def test_a_tokenizer_file_that_broke_since(checkpoint: Path, tmp_path: Path) -> None:
+    patch_checkpoint(checkpoint, tmp_path / "long", max_position_embeddings=1024)
+    (tmp_path / "long" / "tokenizer_config.json").write_text("{")
+    with pytest.raises(PatchError, match=r"tokenizer_config\.json: is no JSON object"):
+        unpatch_checkpoint(tmp_path / "long", tmp_path / "back")
 
 
 def test_learned_positions_cannot_grow(tmp_path: Path) -> None:

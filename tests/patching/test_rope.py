@@ -46,6 +46,15 @@ def test_rules(given: dict[str, Any], scaling: Any, expected: dict[str, Any], re
     tf.LlamaModel(config)  # Transformers takes it
 
 
+@pytest.mark.parametrize("scaling", ["yarn", "dynamic", "linear"])
+def test_a_head_size_that_is_left_open(scaling: str) -> None:
+    config = tf.MixtralConfig(**GROUPED)
+    assert config.head_dim is None
+    extend(config, 2 * config.max_position_embeddings, scaling)
+    assert config.head_dim == config.hidden_size // config.num_attention_heads
+    tf.MixtralModel(config)
+
+
 def test_nothing_changes_without_need() -> None:
     config = llama()
     before = config.to_dict()

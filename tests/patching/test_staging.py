@@ -20,6 +20,54 @@ def test_no_space(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     patch_checkpoint(checkpoint, tmp_path / "long", link=True)
 
 
+def test_space_for_the_rest(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is finished needs no room again, and what was half written gives its room back."""
+    plan = plan_patch(checkpoint, tmp_path / "long", link=False)
+    first, *rest = plan.weights.files
+    unfinished = staging.staging_folder(plan.destination)
+
+    def interrupted(name: str, size: int) -> None:
+        if name != first:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan.execute(interrupted)
+    half = unfinished / f"{rest[0]}.partial"
+    half.write_bytes(b"half")
+    missing = sum(plan.weights.files[name] for name in rest)
+
+    def disk(free: int) -> None:
+        monkeypatch.setattr(
+            staging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0 if half.exists() else free)
+        )
+
+    disk(missing - 1)
+    with pytest.raises(PatchError, match="GB free; make room"):
+        plan.execute()
+    assert (unfinished / first).exists()
+    half.write_bytes(b"half")
+    disk(missing)
+    plan.execute()
+    assert tensors(tmp_path / "long").keys() == tensors(checkpoint).keys()
+
+
+def test_copies_do_not_go_on_behind_links(checkpoint: Path, tmp_path: Path) -> None:
+    def interrupted(name: str, size: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan_patch(checkpoint, tmp_path / "long").execute(interrupted)
+    with pytest.raises(PatchError, match="was left unfinished by a call with other options"):
+        patch_checkpoint(checkpoint, tmp_path / "long", link=False)
+
+
+def test_a_folder_that_cannot_be_made(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(PatchError, match="cannot be made: .*; choose another folder"):
+        patch_checkpoint(checkpoint, tmp_path / "file" / "long")
+    assert set(tmp_path.iterdir()) == {checkpoint, tmp_path / "file"}
+
+
 def test_a_disk_that_fills_up(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy, done = staging._copy, []
 
