@@ -40,7 +40,7 @@ class BufferType(StrEnum):
     CACHE = "cache"
 
 
-Lifetime = Literal["call", "graph", "sequence", "process"]
+Lifetime = Literal["call", "graph", "sequence"]
 Place = Literal["pool", "torch"]
 
 
@@ -50,7 +50,7 @@ class Rule:
 
     Attributes:
         lifetime: ``"call"`` (scratch), ``"graph"`` (until backward has used it, or the caller drops it),
-            ``"sequence"`` or ``"process"`` (outlives many calls: placed away from what comes and goes).
+            or ``"sequence"`` (outlives many calls: placed away from what comes and goes).
         place: ``"pool"`` or ``"torch"`` (too small or too rare to pool).
     """
 
@@ -72,8 +72,6 @@ RULES: dict[BufferType, Rule] = {
 }
 # What differs from these by backend: the first prefix of its name that fits.
 BACKEND_RULES: dict[str, dict[BufferType, Rule]] = {
-    "ring": {BufferType.COMM: Rule("process")},
-    "distributed": {BufferType.COMM: Rule("process")},
     "block_sparse": {BufferType.MASK: Rule("sequence")},
 }
 
@@ -82,8 +80,8 @@ def rules_for(attention_type: str) -> dict[BufferType, Rule]:
     """Return the rules of a backend.
 
     Example:
-        >>> rules_for("ring_dilated")[BufferType.COMM].lifetime
-        'process'
+        >>> rules_for("block_sparse")[BufferType.MASK].lifetime
+        'sequence'
     """
     own = next((rules for prefix, rules in BACKEND_RULES.items() if attention_type.startswith(prefix)), {})
     return RULES | own
@@ -137,7 +135,7 @@ class AttentionBufferManager:
         rule = self.rules[kind]
         if rule.place == "torch" or self.policy.mode == "disabled":
             return torch.empty(shape, dtype=dtype, device=device)
-        lasting = rule.lifetime in ("sequence", "process")
+        lasting = rule.lifetime == "sequence"
         if device.type == "cpu":
             return self.pool().empty(shape, dtype, kind=kind, lasting=lasting)
         if device.type == "cuda" and self.policy.cuda:

@@ -25,7 +25,6 @@ def test_ten_kinds_with_a_rule_each() -> None:
 @pytest.mark.parametrize("kind", ["dilated", "ring", "ring_dilated", "block_sparse", "ring_block_sparse"])
 def test_rules_differ_where_backends_do(kind: str) -> None:
     rules = rules_for(kind)
-    assert (rules[BufferType.COMM].lifetime == "process") == kind.startswith("ring")
     assert (rules[BufferType.MASK].lifetime == "sequence") == kind.startswith("block_sparse")
     assert rules[BufferType.CACHE].lifetime == "sequence"
 
@@ -56,6 +55,17 @@ def test_caches_lie_away_from_scratch() -> None:
     own = manager(smallest=1, budget=4 << 20)
     scratch, cache = own.empty(BufferType.TEMP, (1 << 20,)), own.empty(BufferType.CACHE, (1 << 20,))
     assert cache.data_ptr() - scratch.data_ptr() > 1 << 30
+
+
+def test_what_ranks_send_is_scratch() -> None:
+    """It lives for a call: the next one gets the same bytes at once, beside other scratch."""
+    own = manager(kind="ring_dilated", smallest=1, budget=7 << 20)
+    scratch, sent = own.empty(BufferType.TEMP, (1 << 20,)), own.empty(BufferType.COMM, (1 << 20,))
+    assert abs(sent.data_ptr() - scratch.data_ptr()) < 1 << 30
+    address = sent.data_ptr()
+    del sent
+    assert own.empty(BufferType.COMM, (1 << 20,)).data_ptr() == address
+    assert rules_for("ring")[BufferType.COMM] == RULES[BufferType.COMM]
 
 
 def test_managers_share_pools() -> None:

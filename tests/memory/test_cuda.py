@@ -1,5 +1,7 @@
 """The pool of a CUDA device: the same numbers, its own segments, and what graphs capture stays."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -7,8 +9,9 @@ from hf_dilated import DilatedConfig, dilated_attention
 from hf_dilated.memory import auto_configure_memory_pool
 from hf_dilated.memory.buffers import manager_of
 from hf_dilated.memory.persistent import PersistentBuffers
+from hf_dilated.memory.pool.cuda import CudaPool
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 PATTERN = DilatedConfig(segment_lengths=(128, 256, 512), dilation_rates=(1, 2, 8))
 
@@ -25,6 +28,34 @@ def test_off_by_default() -> None:
     assert not auto_configure_memory_pool(1 << 20).cuda
 
 
+@pytest.mark.parametrize(("count", "is_pooled"), [(99, False), (100, True)])
+def test_small_tensors_are_torchs_own(count: int, is_pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pooled = []
+
+    @contextmanager
+    def use_mem_pool(*_):
+        pooled.append(True)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", use_mem_pool)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    pool = CudaPool(torch.device("cpu"), smallest=400)
+    assert pool.empty((count,), torch.float32).shape == (count,)
+    assert pooled == [True] * is_pooled
+    assert pool._kinds.keys() == {"temp"} if is_pooled else not pool._kinds
+
+
+@needs_cuda
+def test_small_tensors_need_no_segment_of_ours() -> None:
+    pool = CudaPool(torch.device("cuda", 0), smallest=1 << 20)
+    kept = pool.empty((100,), torch.float32)
+    assert pool.stats()["bytes_live"] == 0
+    large = pool.empty((1 << 18,), torch.float32)
+    assert pool.stats()["bytes_live"] >= large.nbytes > kept.nbytes
+
+
+@needs_cuda
 def test_the_same_to_the_bit() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -39,6 +70,7 @@ def test_the_same_to_the_bit() -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@needs_cuda
 def test_a_graphs_workspace_stays() -> None:
     own, device = PersistentBuffers(), torch.device("cuda", 0)
     graph = torch.cuda.CUDAGraph()

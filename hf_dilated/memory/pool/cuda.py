@@ -3,6 +3,7 @@
 The caching allocator already reuses memory, and orders its reuse by stream; this adds isolation, nothing else.
 """
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ class CudaPool:
 
     Args:
         device: A CUDA device.
-        smallest: Bytes of the smallest tensor that is pooled.
+        smallest: Bytes of the smallest tensor that is pooled; others are torch's own.
     """
 
     def __init__(self, device: torch.device, smallest: int = 1) -> None:
@@ -31,13 +32,12 @@ class CudaPool:
     def empty(self, shape: Sequence[int], dtype: torch.dtype, *, kind: str = "temp", lasting: bool = False) -> Tensor:
         """Return an uninitialised tensor; a graph that is being captured keeps its own pool."""
         del lasting  # the allocator places it
-        if torch.cuda.is_current_stream_capturing():
+        if math.prod(shape) * dtype.itemsize < self.smallest or torch.cuda.is_current_stream_capturing():
             return torch.empty(shape, dtype=dtype, device=self.device)
         with torch.cuda.use_mem_pool(self._pool, self.device):
             tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        if tensor.nbytes >= self.smallest:
-            with self._lock:
-                self._kinds.setdefault(kind, Counters()).hits += 1
+        with self._lock:
+            self._kinds.setdefault(kind, Counters()).hits += 1
         return tensor
 
     def stats(self) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from hf_dilated.memory.system import System, system
 HEADROOM = 8  # at most an eighth more is held than was needed at once of late
 RESERVE = 20  # less than a twentieth of the limit available is memory pressure
 PRESSURE_SECONDS = 0.1  # between two looks at it
+
+T = TypeVar("T")
 
 
 class Block(Protocol):
@@ -76,8 +78,9 @@ class MemoryPool:
     """A pool of CPU memory for tensors.
 
     A tensor's memory returns when the last user of its storage dies, whoever that is: autograd, a view, a Python list.
-    Tensors that live never share bytes. Threads may share a pool. A forked child starts with an empty one; tensors
-    that it inherits stay its own.
+    Tensors that live never share bytes. Threads may share a pool. Finalizers and signal handlers may use it, too: what
+    interrupts the pool in its own thread gets torch's memory, and neither trims nor clears anything. A forked child
+    starts with an empty pool; tensors that it inherits stay its own.
 
     Args:
         mode: ``"disabled"``, ``"lightweight"`` (size buckets) or ``"full"`` (best fit with coalescing).
@@ -119,7 +122,7 @@ class MemoryPool:
 
     def _start(self) -> None:
         """Begin with nothing; leases of before are nobody's, their tensors keep their pages to themselves."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come between taking it and saying so
         self._owner: int | None = None
         self._leases: set[_Lease] = set()
         self._returned: deque[_Lease] = deque()
@@ -151,8 +154,8 @@ class MemoryPool:
         """
         count = math.prod(shape)
         size = count * dtype.itemsize
-        if self.mode == "disabled" or size < self.smallest or not size or self._owner == threading.get_ident():
-            return torch.empty(shape, dtype=dtype)  # the last: a destructor or signal handler within take
+        if self.mode == "disabled" or size < self.smallest or not size or self._is_interrupted():
+            return torch.empty(shape, dtype=dtype)
         tensor = torch.frombuffer(self._lease(size, kind, lasting), dtype=dtype, count=count)
         if len(shape) != 1:
             tensor = tensor.view(shape)
@@ -162,26 +165,38 @@ class MemoryPool:
 
     def _lease(self, size: int, kind: str, lasting: bool) -> memoryview:
         recording = self.recording
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                self._drain()
-                block, fresh = self._store.take(size, lasting=lasting)
-                try:
-                    view = block.view(size)
-                    lease = _Lease(view, self._returned.append if recording is None else self._record_return)
-                except BaseException:
-                    self._store.give(block)
-                    raise
-                lease.block, lease.kind, lease.size = block, kind, size
-                self._leases.add(lease)
-                if self._took(lease, hit=fresh == 0) or fresh:
-                    self._shrink(fresh)
-            finally:
-                self._owner = None
+        view = self._alone(lambda: self._take(size, kind, lasting, recording))
         if recording is not None:
             recording.add(kind, size)
         return view
+
+    def _take(self, size: int, kind: str, lasting: bool, recording: Recording | None) -> memoryview:
+        self._drain()
+        block, fresh = self._store.take(size, lasting=lasting)
+        try:
+            view = block.view(size)
+            lease = _Lease(view, self._returned.append if recording is None else self._record_return)
+        except BaseException:
+            self._store.give(block)
+            raise
+        lease.block, lease.kind, lease.size = block, kind, size
+        self._leases.add(lease)
+        if self._took(lease, hit=fresh == 0) or fresh:
+            self._shrink(fresh)
+        return view
+
+    def _alone(self, action: Callable[[], T]) -> T:
+        """Run while no other thread is inside, and :meth:`_is_interrupted` says so to this one."""
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                return action()
+            finally:
+                self._owner = None
+
+    def _is_interrupted(self) -> bool:
+        """Whether this thread is inside already: a finalizer or signal handler is running, between any two steps."""
+        return self._owner == threading.get_ident()
 
     def _record_return(self, lease: _Lease) -> None:
         if (recording := self.recording) is not None:
@@ -242,29 +257,33 @@ class MemoryPool:
             wanted: Bytes; all by default.
 
         Returns:
-            Bytes given back.
+            Bytes given back; 0, with nothing done, if it interrupts the pool.
         """
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                self._drain()
-                return self._evict(self._store.held if wanted is None else wanted)
-            finally:
-                self._owner = None
+        return 0 if self._is_interrupted() else self._alone(lambda: self._trim(wanted))
+
+    def _trim(self, wanted: int | None) -> int:
+        self._drain()
+        return self._evict(self._store.held if wanted is None else wanted)
 
     def clear(self) -> None:
-        """Give back all that is unused and start counting anew; tensors that live are not touched."""
+        """Give back all that is unused and start counting anew; tensors that live are not touched.
+
+        Does nothing if it interrupts the pool.
+        """
         self.trim()
         self.clear_counts()
 
     def clear_counts(self) -> None:
-        """Start counting anew."""
-        with self._lock:
-            self.evictions = 0
-            self._peak = self._store.held
-            for counters in (self._total, *self._kinds.values()):
-                counters.hits = counters.misses = 0
-                counters.peak = counters.live
+        """Start counting anew; does nothing if it interrupts the pool."""
+        if not self._is_interrupted():
+            self._alone(self._clear_counts)
+
+    def _clear_counts(self) -> None:
+        self.evictions = 0
+        self._peak = self._store.held
+        for counters in (self._total, *self._kinds.values()):
+            counters.hits = counters.misses = 0
+            counters.peak = counters.live
 
     def stats(self) -> dict[str, Any]:
         """Return what was counted.
@@ -273,22 +292,24 @@ class MemoryPool:
             ``hits``, ``misses`` (a hit needs no new memory of the system), ``hit_rate``, ``bytes_live`` (asked for
             and in use), ``bytes_cached`` (kept for reuse), ``peak_bytes`` (the most that was held, both together),
             ``fragmentation`` (the part of what is held beyond the most that was in use at once of late),
-            ``evictions``, and ``types``: the same by kind of buffer, as far as it makes sense.
+            ``evictions``, and ``types``: the same by kind of buffer, as far as it makes sense. If it interrupts the
+            pool, what has just come back still counts as in use.
         """
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                self._drain()
-                held, need = self._store.held, self._need.recent
-                return self._total.to_dict() | {
-                    "bytes_cached": held - self._live,
-                    "peak_bytes": self._peak,
-                    "fragmentation": max(0.0, 1 - need / held) if held else 0.0,
-                    "evictions": self.evictions,
-                    "types": {kind: counters.to_dict() for kind, counters in sorted(self._kinds.items())},
-                }
-            finally:
-                self._owner = None
+        return self._figures() if self._is_interrupted() else self._alone(self._drained_figures)
+
+    def _drained_figures(self) -> dict[str, Any]:
+        self._drain()
+        return self._figures()
+
+    def _figures(self) -> dict[str, Any]:
+        held, need = self._store.held, self._need.recent
+        return self._total.to_dict() | {
+            "bytes_cached": held - self._live,
+            "peak_bytes": self._peak,
+            "fragmentation": max(0.0, 1 - need / held) if held else 0.0,
+            "evictions": self.evictions,
+            "types": {kind: counters.to_dict() for kind, counters in sorted(self._kinds.items())},
+        }
 
 
 _pools: weakref.WeakSet[MemoryPool] = weakref.WeakSet()
