@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_dilated.config import ConfigError, MemoryConfig
-from hf_dilated.functional import _positions
+from hf_dilated.config.checks import at_least, integer
+from hf_dilated.functional import known_positions
 from hf_dilated.integration.backends import BACKENDS, Backend
 from hf_dilated.memory import MemoryPolicy
 from hf_dilated.memory.policy import resolve
@@ -79,7 +80,7 @@ class Attention(nn.Module):
         output = self.backend.attend(
             query, key, value, self._pattern,
             is_causal=self.is_causal, scale=self.scale, memory=self._memory,
-            key_positions=_positions(query, key, attention_mask, position_ids, None),
+            key_positions=known_positions(query, key, attention_mask, position_ids),
         )  # fmt: skip
         assert isinstance(output, Tensor)  # the log-sum-exp was not asked for
         return output
@@ -103,6 +104,7 @@ class MultiheadAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_counts(embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=kv_heads)
         if embed_dim % num_heads or num_heads % kv_heads:
             raise ConfigError(
                 f"num_heads: {num_heads} heads have to divide embed_dim={embed_dim}, and be a multiple of the "
@@ -169,7 +171,7 @@ def create_dilated_attention(
         pattern: Instead of ``config``, its fields.
 
     Raises:
-        ConfigError: If the type is unknown, or nothing says what the pattern is.
+        ConfigError: If the type is unknown, a number is below 1, or nothing says what the pattern is.
 
     Example:
         >>> import torch
@@ -185,6 +187,7 @@ def create_dilated_attention(
         hf_dilated.config.checks.ConfigError: attention_type: expected one of 'auto', 'dilated', ..., got 'sparse'
     """
     backend = _backend(attention_type, automatic="dilated")
+    _check_counts(num_heads=num_heads, max_seq_len=max_seq_len)
     config = _config(backend, config, pattern, max_seq_len, num_heads)
     policy = _policy(backend, config, max_seq_len, memory or MemoryConfig())
     return Attention(backend, config, policy, is_causal=is_causal, scale=scale, layer=layer)
@@ -246,6 +249,12 @@ def _backend(attention_type: str, automatic: str) -> Backend:
         known = ", ".join(map(repr, ["auto", *TYPES]))
         raise ConfigError(f"attention_type: expected one of {known}, got {attention_type!r}")
     return TYPES[name]
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None:
+            at_least(name, (integer(name, count),), 1)
 
 
 def _config(backend: Backend, config: Any, pattern: dict[str, Any], max_seq_len: int | None, num_heads: int) -> Any:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from hf_dilated.config import BlockSparseConfig, DilatedConfig
+from hf_dilated.config.checks import instance
 from hf_dilated.engine import op
 from hf_dilated.patterns import BlockSparsePattern, DilatedPattern, Pattern
 
@@ -53,7 +54,7 @@ def dilated_attention(
         Output (B, H, N, Dv) and, if asked for, LSE (B, H, N) in float32 (float64 for float64 input).
 
     Raises:
-        ValueError: If shapes do not fit together.
+        ValueError: If shapes do not fit together; a ``ConfigError`` if the configuration is of another kind.
         TypeError: If dtypes do not.
 
     Example:
@@ -62,7 +63,8 @@ def dilated_attention(
         >>> dilated_attention(query, key, value, pattern).shape
         torch.Size([1, 8, 100, 32])
     """
-    positions = _positions(query, key, attention_mask, position_ids, key_positions)
+    instance("config", config, DilatedConfig)
+    positions = known_positions(query, key, attention_mask, position_ids, key_positions)
     return attend(
         query, key, value, DilatedPattern(config=config, layer=layer),
         is_causal=is_causal, scale=scale, key_positions=positions, return_lse=return_lse, memory=memory,
@@ -97,7 +99,8 @@ def block_sparse_attention(
         >>> block_sparse_attention(query, key, value, pattern).shape
         torch.Size([1, 8, 1000, 32])
     """
-    positions = _positions(query, key, attention_mask, position_ids, key_positions)
+    instance("config", config, BlockSparseConfig)
+    positions = known_positions(query, key, attention_mask, position_ids, key_positions)
     return attend(
         query, key, value, BlockSparsePattern(config=config, layer=layer),
         is_causal=is_causal, scale=scale, key_positions=positions, return_lse=return_lse, memory=memory,
@@ -155,14 +158,14 @@ def _is_stock(query: Tensor, key: Tensor, pattern: Pattern, is_causal: bool) -> 
     return pattern.is_dense(M) and (N == M or (N == 1 and is_causal))
 
 
-def _positions(
+def known_positions(
     query: Tensor,
     key: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    key_positions: Tensor | None,
+    key_positions: Tensor | None = None,
 ) -> Tensor | None:
-    """Number the real tokens of every document from 0, padding -1: (B, M), or None if there is nothing to say."""
+    """Return the ``key_positions`` that :func:`attend` takes; arguments as in :func:`dilated_attention`."""
     if key_positions is not None:
         if attention_mask is not None or position_ids is not None:
             raise ValueError(
@@ -221,6 +224,8 @@ def check_inputs(
         if x.device != query.device:
             raise ValueError(f"{name}: is on {x.device}, the query on {query.device}")
     (B, H, N, D), (G, M) = query.shape, key.shape[1:3]
+    if H == 0 or D == 0:
+        raise ValueError(f"query: expected at least one head, and a head size of at least 1, got {_size(query)}")
     if key.shape[0] != B or key.shape[3] != D:
         raise ValueError(f"key: {_size(key)} does not fit the query {_size(query)}")
     if value.shape[:3] != key.shape[:3]:

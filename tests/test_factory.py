@@ -1,6 +1,9 @@
 """Factories: same engine and policy as everywhere; `auto` changes nothing that can be seen in the numbers."""
 
 import dataclasses
+import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from hf_dilated.factory import TYPES, Attention, register_attention_type
 PATTERN = DilatedConfig(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4), sink_tokens=2, phase="alternate")
 BLOCKS = BlockSparseConfig(block_size=8, local_blocks=2, global_blocks=1)
 CONFIGS = {"dilated": PATTERN, "block_sparse": BLOCKS}
+EMBEDDED = {"embed_dim": 32, "num_heads": 4, "config": PATTERN}
 
 
 @pytest.fixture
@@ -108,6 +112,46 @@ def test_compiled_in_one_graph() -> None:
     torch._dynamo.reset()
 
 
+def saved_and_loaded(module: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copy", [lambda module: pickle.loads(pickle.dumps(module)), saved_and_loaded])
+@pytest.mark.parametrize("name", TYPES)
+def test_modules_are_saved_and_sent(name: str, copy: Callable[[Any], Any], tensors: tuple[torch.Tensor, ...]) -> None:
+    options = {"max_seq_len": 64} if name == "ring" else {"config": config_for(name)}
+    module = create_dilated_attention(name, layer=1, is_causal=False, scale=0.3, **options)
+    again = copy(module)
+    assert (again.backend, again.config, again.memory) == (TYPES[name], module.config, module.memory)
+    assert torch.equal(again(*tensors), module(*tensors))
+
+
+@pytest.mark.parametrize("copy", [lambda module: pickle.loads(pickle.dumps(module)), saved_and_loaded])
+@pytest.mark.parametrize("name", ["dilated", "block_sparse"])
+def test_modules_with_projections_are_saved_and_sent(name: str, copy: Callable[[Any], Any]) -> None:
+    module = create_multihead_dilated_attention(name, embed_dim=32, num_heads=4, config=CONFIGS[name])
+    x = torch.randn(2, 40, 32)
+    assert torch.equal(copy(module)(x), module(x))
+
+
+def test_an_additive_mask_is_refused(tensors: tuple[torch.Tensor, ...]) -> None:
+    with pytest.raises(TypeError, match="attention_mask: expected bool"):
+        create_dilated_attention(config=PATTERN)(*tensors, attention_mask=torch.zeros(2, 40))
+
+
+@pytest.mark.parametrize("make", [create_dilated_attention, create_block_sparse_attention])
+def test_an_empty_batch(make: Any) -> None:
+    module = make(config=PATTERN if make is create_dilated_attention else BLOCKS)
+    tensors = [torch.randn(0, 4, 40, 8, requires_grad=True) for _ in range(3)]
+    output = module(*tensors, torch.ones(0, 40, dtype=torch.bool))
+    output.sum().backward()
+    assert output.shape == (0, 4, 40, 8)
+    assert all(x.grad.shape == x.shape for x in tensors)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
@@ -118,6 +162,13 @@ def test_compiled_in_one_graph() -> None:
         (create_dilated_attention, {"segments": (1, 2)}, "unknown 'segments'"),
         (create_block_sparse_attention, {"config": PATTERN}, "needs a BlockSparseConfig"),
         (create_multihead_dilated_attention, {"embed_dim": 30, "num_heads": 4, "config": PATTERN}, "num_heads: 4"),
+        (create_multihead_dilated_attention, EMBEDDED | {"embed_dim": 0}, "embed_dim: expected at least 1, got 0"),
+        (create_multihead_dilated_attention, EMBEDDED | {"num_heads": 0}, "num_heads: expected at least 1, got 0"),
+        (create_multihead_dilated_attention, EMBEDDED | {"num_kv_heads": 0}, "num_kv_heads: expected at least 1"),
+        (create_dilated_attention, {"max_seq_len": 8192, "num_heads": 0}, "num_heads: expected at least 1, got 0"),
+        (create_dilated_attention, {"max_seq_len": 0}, "max_seq_len: expected at least 1, got 0"),
+        (create_block_sparse_attention, {"max_seq_len": -5}, "max_seq_len: expected at least 1, got -5"),
+        (create_block_sparse_attention, {"max_seq_len": 9.5}, "max_seq_len: expected a whole number, got 9.5"),
     ],
 )
 def test_refusals(make: Any, options: dict[str, Any], words: str) -> None:

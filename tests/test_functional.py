@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from hf_dilated import DilatedConfig, dilated_attention, reference
+from hf_dilated import (
+    BlockSparseConfig,
+    ConfigError,
+    DilatedConfig,
+    block_sparse_attention,
+    dilated_attention,
+    reference,
+)
 from hf_dilated.functional import attend
 from hf_dilated.patterns import DensePattern
 
@@ -21,6 +28,8 @@ def tensors(**changes):
         ({"key": (2, 2, 10, 4)}, "key: (2, 2, 10, 4) does not fit the query (2, 4, 6, 8)"),
         ({"value": (2, 2, 9, 8)}, "value: (2, 2, 9, 8) does not fit the key (2, 2, 10, 8)"),
         ({"query": (2, 4, 11, 8)}, "query: 11 queries, but only 10 keys"),
+        ({"query": (2, 0, 6, 8)}, "query: expected at least one head, and a head size of at least 1"),
+        ({"query": (2, 4, 6, 0), "key": (2, 2, 10, 0)}, "a head size of at least 1, got (2, 4, 6, 0)"),
     ],
 )
 def test_shapes_that_do_not_fit(changes, message):
@@ -64,6 +73,34 @@ def test_dtypes_that_do_not_fit():
         attend(*inputs.values(), DensePattern(), sink_logits=torch.zeros(3))
     with pytest.raises(ValueError, match="window: expected at least 1"):
         DensePattern(window=0)
+
+
+@pytest.mark.parametrize(
+    ("run", "kind", "other"),
+    [
+        (dilated_attention, "DilatedConfig", BlockSparseConfig(local_blocks=1)),
+        (block_sparse_attention, "BlockSparseConfig", CONFIG),
+    ],
+)
+def test_a_configuration_of_another_kind(run, kind, other):
+    with pytest.raises(ConfigError, match=f"config: expected a {kind}, got dict; {kind}.from_dict reads one"):
+        run(**tensors(), config=other.to_dict())
+    with pytest.raises(ConfigError, match=f"config: expected a {kind}, got {type(other).__name__}$"):
+        run(**tensors(), config=other)
+
+
+@pytest.mark.parametrize("queries", [1, 6])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_no_row_has_an_empty_result(queries, is_causal):
+    inputs = tensors(query=(0, 4, queries, 8), key=(0, 2, 10, 8), value=(0, 2, 10, 3))
+    for x in inputs.values():
+        x.requires_grad_()
+    masks = {"attention_mask": torch.ones(0, 10, dtype=torch.bool), "position_ids": torch.ones(0, 10, dtype=torch.long)}
+    for run, config in ((dilated_attention, CONFIG), (block_sparse_attention, BlockSparseConfig(local_blocks=1))):
+        output, lse = run(**inputs, config=config, is_causal=is_causal, return_lse=True, **masks)
+        output.sum().backward()
+        assert (output.shape, lse.shape) == ((0, 4, queries, 3), (0, 4, queries))
+        assert all(x.grad.shape == x.shape for x in inputs.values())
 
 
 @pytest.fixture

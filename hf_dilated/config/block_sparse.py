@@ -201,7 +201,8 @@ class BlockSparseConfig(BlockParts):
             length: Tokens in the document.
 
         Raises:
-            ConfigError: If the other parts and the own block alone are more than that, or if layers or heads differ.
+            ConfigError: If the other parts and the own block alone are more than that, if layers or heads differ, or if
+                there is no token.
 
         Example:
             >>> BlockSparseConfig(global_blocks=1, stride_blocks=16).with_density(0.25, 32768).local_blocks
@@ -211,6 +212,7 @@ class BlockSparseConfig(BlockParts):
             raise ConfigError("density: layers or heads differ; choose the local_blocks of each of their parts")
         if not 0 < density <= 1:
             raise ConfigError(f"density: expected a fraction above 0 and up to 1, got {density}")
+        at_least("length", (integer("length", length),), 1)
         blocks = math.ceil(length / self.block_size)
 
         def at(window: int) -> "BlockSparseConfig":

@@ -41,6 +41,12 @@ def integers(name: str, values: Any) -> tuple[int, ...]:
     return tuple(integer(name, value) for value in values)
 
 
+def instance(name: str, value: Any, cls: type) -> None:
+    if not isinstance(value, cls):
+        way_out = f"; {cls.__name__}.from_dict reads one" if isinstance(value, Mapping) else ""
+        raise ConfigError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}{way_out}")
+
+
 def at_least(name: str, values: Sequence[int], least: int) -> None:
     for value in values:
         if value < least:
@@ -52,14 +58,23 @@ def one_of(name: str, value: Any, options: Sequence[str]) -> None:
         raise ConfigError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
+def position_limit(config: Any) -> int | None:
+    """Return the ``max_position_embeddings`` of a Transformers configuration; None for models without such a limit.
+
+    Some of these say so with -1.
+    """
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text_config, "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None
+
+
 def longest_input(config: Any, max_length: int | None) -> int:
     """Return the longest sequence, in tokens, of a Transformers configuration or ``max_length``, the larger.
 
     Raises:
         ConfigError: If neither gives one.
     """
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions = position_limit(config)
     if max_length is not None:
         at_least("max_length", (integer("max_length", max_length),), 1)
     if positions is None and max_length is None:

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from hf_dilated.config.checks import ConfigError, at_least, integer, integers, known_fields, longest_input, one_of
+from hf_dilated.config.checks import (
+    ConfigError,
+    at_least,
+    integer,
+    integers,
+    known_fields,
+    longest_input,
+    one_of,
+    position_limit,
+)
 
 Overlap = Literal["once", "count"]
 Offset = Literal["head", "kv_head", "grouped"]
@@ -157,9 +166,8 @@ class DilatedConfig:
             (1, 2, 4)
         """
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        positions = getattr(text_config, "max_position_embeddings", None)
         longest = longest_input(config, max_length)
-        segments = [min(SHORTEST_SEGMENT, positions or longest)]
+        segments = [min(SHORTEST_SEGMENT, position_limit(config) or longest)]
         while segments[-1] < longest:
             segments.append(2 * segments[-1])
         heads = getattr(text_config, "num_attention_heads", None) or 1

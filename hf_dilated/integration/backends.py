@@ -24,7 +24,8 @@ class Backend:
         example: How one is written, for messages.
         layer_options: Its options that make layers differ, for messages.
         pattern: Builds the pattern of a layer from its configuration and its ordinal among those that run the pattern.
-        attend: Runs a pattern; arguments as in :func:`hf_dilated.functional.attend`.
+        attend: Runs a pattern; arguments as in :func:`hf_dilated.functional.attend`. As ``pattern``, a function of a
+            module, which modules that are saved or sent to another process name.
     """
 
     name: str
@@ -34,6 +35,18 @@ class Backend:
     layer_options: str
     pattern: Callable[[Any, int], Pattern]
     attend: Callable[..., Tensor | tuple[Tensor, Tensor]] = attend
+
+
+def _dilated(config: DilatedConfig, layer: int) -> DilatedPattern:
+    return DilatedPattern(config=config, layer=layer)
+
+
+def _block_sparse(config: BlockSparseConfig, layer: int) -> BlockSparsePattern:
+    return BlockSparsePattern(config=config, layer=layer)
+
+
+def _dense(config: RingConfig, layer: int) -> DensePattern:
+    return DensePattern()
 
 
 def _across_ranks(backend: Backend) -> Backend:
@@ -48,7 +61,7 @@ ALONE = (
         config_class=DilatedConfig,
         example="DilatedConfig(segment_lengths=…, …)",
         layer_options="phase, rotate",
-        pattern=lambda config, layer: DilatedPattern(config=config, layer=layer),
+        pattern=_dilated,
     ),
     Backend(
         name="block_sparse",
@@ -56,7 +69,7 @@ ALONE = (
         config_class=BlockSparseConfig,
         example="BlockSparseConfig(local_blocks=…, …)",
         layer_options="several layers",
-        pattern=lambda config, layer: BlockSparsePattern(config=config, layer=layer),
+        pattern=_block_sparse,
     ),
 )
 DENSE = Backend(
@@ -65,7 +78,7 @@ DENSE = Backend(
     config_class=RingConfig,
     example="RingConfig()",
     layer_options="none",
-    pattern=lambda config, layer: DensePattern(),
+    pattern=_dense,
     attend=ring.attend,
 )
 BACKENDS: dict[str, Backend] = {

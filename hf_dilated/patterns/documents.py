@@ -112,8 +112,9 @@ def layout_from_positions(positions: Integers, queries: int) -> Layout:
 
 
 def _written_slots(positions: Integers, queries: int) -> int:
+    rows, keys = positions.shape
     counts = (positions != -2).sum(1)
-    written = int(counts[0])
+    written = int(counts[0]) if rows else keys
     if (counts != written).any() or (positions[:, written:] != -2).any():
         raise ValueError("key_positions: the slots that are not written (-2) must be the last ones, equally many a row")
     if written < queries:

@@ -83,6 +83,8 @@ def test_a_density_that_cannot_be_met_is_refused():
         BlockSparseConfig(global_blocks=1).with_density(0.01, 4096)
     with pytest.raises(ConfigError, match="density: expected a fraction"):
         BlockSparseConfig().with_density(0, 4096)
+    with pytest.raises(ConfigError, match="length: expected at least 1, got 0"):
+        BlockSparseConfig().with_density(0.5, 0)
     with pytest.raises(ConfigError, match="density: layers or heads differ"):
         BlockSparseConfig(layers=((BlockParts(),),)).with_density(0.5, 4096)
 

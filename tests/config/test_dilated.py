@@ -2,7 +2,7 @@ import json
 import warnings
 
 import pytest
-from transformers import LlamaConfig, LlavaConfig
+from transformers import LlamaConfig, LlavaConfig, XLNetConfig
 
 from hf_dilated import ConfigError, DilatedConfig, StoredConfig
 from hf_dilated.config.stored import STORED_VERSION
@@ -112,6 +112,12 @@ def test_a_missing_length_is_asked_for():
     assert DilatedConfig.from_model_config(NoLength(), max_length=100).segment_lengths == (100,)
     with pytest.raises(ConfigError, match="max_length: expected at least 1, got 0"):
         DilatedConfig.from_model_config(NoLength(), max_length=0)
+
+
+def test_a_length_of_minus_one_is_none():
+    with pytest.raises(ConfigError, match="max_length: XLNetConfig has no max_position_embeddings"):
+        DilatedConfig.from_model_config(XLNetConfig())
+    assert DilatedConfig.from_model_config(XLNetConfig(), max_length=4096).segment_lengths == (2048, 4096)
 
 
 def test_dense_length():
