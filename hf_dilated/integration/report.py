@@ -2,9 +2,10 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -200,17 +201,32 @@ class _Call:
 
 
 def _build(config: PreTrainedConfig) -> PreTrainedModel:
+    make = _own_code(config) or _model_class(config)
+    if make is None:
+        raise ReportError(f"Transformers has no single model class for {type(config).__name__}")
+    try:
+        with torch.device("meta"):
+            return make(config).eval()
+    except Exception as error:
+        raise ReportError(
+            f"the model of {type(config).__name__} cannot be built from this configuration: {error}"
+        ) from error
+
+
+def _own_code(config: PreTrainedConfig) -> Callable[..., PreTrainedModel] | None:
+    """The code that a checkpoint brings, if its configuration runs it already: then the caller has trusted it."""
+    if not type(config).__module__.startswith("transformers_modules."):
+        return None
+    names = sorted(name for name in getattr(config, "auto_map", None) or () if name.startswith("AutoModel"))
+    return partial(getattr(transformers, names[0]).from_config, trust_remote_code=True) if names else None
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     model_class = AutoModel._model_mapping.get(type(config), None)
     if model_class is None:
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         model_class = next((found for found in named if found is not None), None)
-    if not isinstance(model_class, type):
-        raise ReportError(f"Transformers has no single model class for {type(config).__name__}")
-    try:
-        with torch.device("meta"):
-            return model_class(config).eval()
-    except Exception as error:
-        raise ReportError(f"{model_class.__name__} cannot be built from this configuration: {error}") from error
+    return model_class if isinstance(model_class, type) else None
 
 
 def _record(model: PreTrainedModel, backend: str) -> list[_Call]:
@@ -246,8 +262,11 @@ def _record(model: PreTrainedModel, backend: str) -> list[_Call]:
     if model._can_set_experts_implementation():
         model.set_experts_implementation("batched_mm")  # the others look at the values of the routing
     for module in model.modules():
-        if isinstance(getattr(module, "rope_type", None), str):
-            module.rope_type = "default"  # the others may look at the values of the positions
+        kinds = getattr(module, "rope_type", None)  # the default one alone never looks at the values of the positions
+        if isinstance(kinds, str):
+            module.rope_type = "default"
+        elif isinstance(kinds, dict):
+            module.rope_type = dict.fromkeys(kinds, "default")
     model.config.get_text_config().use_cache = True  # without a cache the mask looks at the values of the positions
     inputs = _inputs(model)
     try:

@@ -206,7 +206,10 @@ def test_a_checkpoint_carries_its_code(tmp_path: Path) -> None:
     torch.save(logits(model, tokens()), tmp_path / "expected.pt")
     program = f"""
 import sys, torch
-from transformers import AutoModelForCausalLM
+from hf_dilated.integration.report import report
+from transformers import AutoConfig, AutoModelForCausalLM
+layers = report(AutoConfig.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)).layers
+assert [layer.kind for layer in layers] == ["pattern"] * {model.config.num_hidden_layers}, layers
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True, dtype=torch.float64)
 assert "modeling" not in sys.modules and "transformers_modules" in type(model).__module__
 expected = torch.load({str(tmp_path / "expected.pt")!r})
