@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_dilated.config import ConfigError, MemoryConfig
+from hf_dilated.config import ConfigError, MemoryConfig, RingConfig
 from hf_dilated.config.checks import at_least, integer
 from hf_dilated.functional import known_positions
 from hf_dilated.integration.backends import BACKENDS, Backend
@@ -163,7 +163,8 @@ def create_dilated_attention(
         attention_type: A registered type. ``"auto"`` is ``"dilated"``: it never changes who attends to whom.
         max_seq_len: Longest input, in tokens. Decides about the pattern, if none is given, and about memory.
         num_heads: Query heads; the pattern that is chosen for ``max_seq_len`` depends on them.
-        config: The pattern, for instance a :class:`hf_dilated.DilatedConfig`.
+        config: The pattern, for instance a :class:`hf_dilated.DilatedConfig`. How ranks share sequences
+            (:class:`hf_dilated.RingConfig`) is said to ``sequence_parallel``.
         is_causal: Whether tokens see only earlier ones.
         scale: Factor of the scores; ``1 / sqrt(D)`` by default.
         layer: Ordinal of the layer, where the pattern depends on it.
@@ -171,7 +172,8 @@ def create_dilated_attention(
         pattern: Instead of ``config``, its fields.
 
     Raises:
-        ConfigError: If the type is unknown, a number is below 1, or nothing says what the pattern is.
+        ConfigError: If the type is unknown, a number is below 1, nothing says what the pattern is, or a setting belongs
+            to ``sequence_parallel``.
 
     Example:
         >>> import torch
@@ -265,13 +267,24 @@ def _config(backend: Backend, config: Any, pattern: dict[str, Any], max_seq_len:
             raise ConfigError(
                 f"config: {backend.name!r} needs a {backend.config_class.__name__}, got {type(config).__name__}"
             )
-        return config
+        return _of_module(config)
     if pattern:
-        return backend.config_class.from_dict(pattern)
+        return _of_module(backend.config_class.from_dict(pattern))
     if max_seq_len is None:
         raise ConfigError(f"config: pass {backend.example}, its fields, or max_seq_len=… to have one chosen")
     model = SimpleNamespace(max_position_embeddings=max_seq_len, num_attention_heads=num_heads)
     return backend.config_class.from_model_config(model)
+
+
+def _of_module(config: Any) -> Any:
+    """Refuse settings that belong to the ranks, not to one module."""
+    if isinstance(config, RingConfig) and config != (default := RingConfig()):
+        ours, theirs = config.to_dict(), default.to_dict()
+        given = ", ".join(f"{name}={value!r}" for name, value in ours.items() if value != theirs[name])
+        raise ConfigError(
+            f"{given}: holds for all attention of a group; pass sequence_parallel(config=RingConfig({given})) instead"
+        )
+    return config
 
 
 def _policy(backend: Backend, config: Any, max_seq_len: int | None, memory: MemoryConfig) -> MemoryPolicy:

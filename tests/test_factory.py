@@ -15,6 +15,7 @@ from hf_dilated import (
     DilatedConfig,
     MemoryConfig,
     MemoryPool,
+    RingConfig,
     block_sparse_attention,
     create_block_sparse_attention,
     create_dilated_attention,
@@ -186,3 +187,12 @@ def test_another_type(tensors: tuple[torch.Tensor, ...]) -> None:
             create_dilated_attention("yours", config=PATTERN)
     finally:
         del TYPES["mine"]
+
+
+def test_settings_of_ranks_are_refused_in_a_module() -> None:
+    words = r"transport='heads': .* pass sequence_parallel\(config=RingConfig\(transport='heads'\)\) instead"
+    with pytest.raises(ConfigError, match=words):
+        create_dilated_attention("ring", transport="heads")
+    with pytest.raises(ConfigError, match=words):
+        create_dilated_attention("ring", config=RingConfig(transport="heads"))
+    assert create_dilated_attention("ring", config=RingConfig()).backend.name == "ring"

@@ -30,7 +30,10 @@ class RingConfig:
             takes rows for patterns and windows, for dense attention gather while that needs at most ``gather_bytes``,
             and exchange beyond.
         gather_bytes: Most bytes of gathered keys and values that a rank keeps for a moment.
-        timeout_seconds: After this time without a sign of life, a rank counts as lost and the others stop.
+        timeout_seconds: After this time without a sign of life, a rank counts as lost and the others stop. A process
+            gives signs of life by itself from when it opens its session, however long it loads data, compiles or saves.
+            One that lives but does not come, or has not opened the session yet, is waited for as long as the process
+            group says (``init_process_group(timeout=…)``).
 
     Raises:
         ConfigError: If a field is malformed.

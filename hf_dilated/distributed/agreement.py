@@ -8,9 +8,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from itertools import count
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from hf_dilated.distributed.communication import Wire
 
 GRACE_SECONDS = 10.0  # for a rank to notice by itself that another one is lost, before its process is ended
-_sessions = count()
+_opened: Counter[str] = Counter()  # sessions of a group so far, by its ranks: all of them have opened as many
 
 
 class DisagreementError(RuntimeError):
@@ -27,7 +27,7 @@ class DisagreementError(RuntimeError):
 
 
 class RankLostError(RuntimeError):
-    """A rank has failed, was killed, or gives no sign of life; the message names it and the step."""
+    """A rank failed, was killed, stopped giving signs of life, or never came; the message names it and the step."""
 
 
 class Watch:
@@ -35,17 +35,19 @@ class Watch:
 
     Args:
         wire: The group.
-        timeout_seconds: After this time without a sign of life a rank counts as lost.
+        timeout_seconds: After this time without a sign of life a rank counts as lost. One that lives, or has not opened
+            the session yet, is waited for as long as the group's own timeout says.
     """
 
     def __init__(self, wire: Wire, timeout_seconds: float) -> None:
-        self.wire, self.timeout = wire, timeout_seconds
+        self.wire, self.timeout, self.patience = wire, timeout_seconds, _timeout_of(wire.group)
         self.step = 0
         self._names = dist.get_process_group_ranks(wire.group)
-        self._prefix = f"hf_dilated/{next(_sessions)}/{'-'.join(map(str, self._names))}"
+        group = "-".join(map(str, self._names))
+        self._prefix = f"hf_dilated/{group}/{_opened[group]}"
+        _opened[group] += 1
         self._store, self._own_store = self._client(), self._client()  # one for each thread
         self._lost: RankLostError | None = None
-        self._lost_rank = -1
         self._over, self._found = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hf_dilated watch", daemon=True)
 
@@ -81,14 +83,14 @@ class Watch:
         """Give the others time to learn of the loss before this process, which may hold the store, is gone."""
         self._try_set(f"left/{self.wire.rank}", str(self.step))
         until = time.monotonic() + 3 * self._interval
-        others = [f"left/{rank}" for rank in range(self.wire.ranks) if rank != self._lost_rank]
-        while time.monotonic() < until and not self._store_has(others):
+        everybody = [f"left/{rank}" for rank in range(self.wire.ranks)]
+        while time.monotonic() < until and not self._store_has(everybody):
             time.sleep(0.02)
 
     def _store_has(self, keys: list[str]) -> bool:
         try:
             return self._store.check(keys)
-        except (RuntimeError, dist.DistError):
+        except RuntimeError:
             return True
 
     def agree(self, facts: Mapping[str, str]) -> None:
@@ -96,7 +98,7 @@ class Watch:
 
         Raises:
             DisagreementError: On every rank, if a fact differs; the message names it and the ranks.
-            RankLostError: If a rank does not come within the time.
+            RankLostError: If a rank is lost, or does not come within the timeout of the group.
         """
         self.step += 1
         mine = "\n".join(f"{name}={value}" for name, value in facts.items())
@@ -115,21 +117,65 @@ class Watch:
                 )
 
     def _facts(self, rank: int) -> dict[str, str]:
-        key, deadline = f"facts/{self.step}/{rank}", time.monotonic() + self.timeout
+        key, deadline = f"facts/{self.step}/{rank}", time.monotonic() + self.patience
         while not self._store.check([key]):
             if self._store.check([f"left/{rank}"]) and not self._found.is_set():
                 self._lose(rank, "has left, while others go on")
             if self._lost is not None:
                 raise self._lost
             if time.monotonic() > deadline:
-                self._lose(rank, f"has not come to step {self.step} within {self.timeout:g} seconds")
+                self._give_up(rank)
             time.sleep(0.001)
         lines = self._store.get(key).decode().splitlines()
         return dict(line.split("=", 1) for line in lines)
 
-    def explain(self, error: RuntimeError) -> RuntimeError:
-        """Return the error that names the rank behind a failed communication, or the error itself."""
-        return self._await_loss() or error
+    def _give_up(self, rank: int) -> None:
+        """Lose a rank that others have waited for long enough, and tell it, for it may be alive."""
+        has_opened = self._store.check([f"alive/{rank}"])
+        what = f"is alive, but has not come to step {self.step}" if has_opened else "has not opened the session"
+        self._lose(rank, f"{what} within {self.patience:g} seconds, the timeout of the process group")
+        self._try_set(f"failed/{self.wire.rank}", f"{self.step}\nRankLostError: {self._lost}")
+
+    def finish(self, wait: Callable[[], None], blocks: bool) -> None:
+        """Wait for a communication, but not for a rank that is lost.
+
+        Args:
+            wait: Returns when the communication is complete.
+            blocks: Whether it holds up the program, not just a stream.
+
+        Raises:
+            RankLostError: If a rank is lost meanwhile, or is behind the failure of the communication.
+            RuntimeError: If it fails otherwise, for instance by the timeout of the group.
+        """
+        try:
+            if blocks:
+                self._wait_beside(wait)
+            else:
+                wait()
+        except RankLostError:
+            raise
+        except RuntimeError as error:
+            if (lost := self._await_loss()) is not None:
+                raise lost from error
+            raise
+
+    def _wait_beside(self, wait: Callable[[], None]) -> None:
+        """Wait in a thread that can be left behind: what a lost rank does not answer cannot be called off."""
+        done, errors = threading.Event(), list[RuntimeError]()
+
+        def run() -> None:
+            try:
+                wait()
+            except RuntimeError as error:
+                errors.append(error)
+            done.set()
+
+        threading.Thread(target=run, name="hf_dilated wait", daemon=True).start()
+        while not done.wait(0.02):
+            if self._lost is not None:
+                raise self._lost
+        if errors:
+            raise errors[0]
 
     def _await_loss(self) -> RankLostError | None:
         self._found.wait(self.timeout + 2 * self._interval)
@@ -149,9 +195,9 @@ class Watch:
                 self._beat(self._own_store)
                 for rank in seen:
                     self._look_at(rank, seen)
-            except (RuntimeError, dist.DistError) as error:
+            except RuntimeError as error:
                 if not self._over.is_set():
-                    self._lose(0, f"no longer answers ({type(error).__name__}): it holds the store of the group")
+                    self._lose_store(error)
         if self._lost is not None and not self._over.wait(GRACE_SECONDS):
             print(f"hf_dilated: {self._lost}; this process waits for it in vain and ends", file=sys.stderr, flush=True)
             os._exit(1)
@@ -160,7 +206,7 @@ class Watch:
         if self._own_store.check([f"failed/{rank}"]):
             step, _, message = self._own_store.get(f"failed/{rank}").decode().partition("\n")
             self._lose(rank, f"failed at step {step}: {message}")
-        elif not self._own_store.check([f"left/{rank}"]):
+        elif self._own_store.check([f"alive/{rank}"]) and not self._own_store.check([f"left/{rank}"]):
             alive = self._own_store.get(f"alive/{rank}").decode()
             before, since = seen[rank]
             if alive != before:
@@ -170,17 +216,31 @@ class Watch:
                 self._lose(rank, f"gave its last sign of life {self.timeout:g} seconds ago, at step {step}")
 
     def _lose(self, rank: int, what: str) -> None:
+        self._lose_named(self._names[rank], what)
+
+    def _lose_store(self, error: RuntimeError) -> None:
+        if isinstance(error, dist.DistNetworkError):
+            self._lose_named(0, f"no longer answers ({type(error).__name__}): the store of all processes is there")
+        else:
+            self._lose(self.wire.rank, f"cannot use the store of all processes ({error})")
+
+    def _lose_named(self, name: int, what: str) -> None:
         if self._lost is None:
-            self._lost_rank = rank
-            self._lost = RankLostError(f"rank {self._names[rank]} {what}; this is rank {self._names[self.wire.rank]}, "
-                                       f"at step {self.step}")  # fmt: skip
+            own = self._names[self.wire.rank]
+            self._lost = RankLostError(f"rank {name} {what}; this is rank {own}, at step {self.step}")
         self._found.set()
 
     def _try_set(self, key: str, value: str) -> None:
         try:
             self._store.set(key, value)
-        except (RuntimeError, dist.DistError):
-            self._lose(0, "no longer answers: it holds the store of the group")
+        except RuntimeError as error:
+            self._lose_store(error)
+
+
+def _timeout_of(group: dist.ProcessGroup) -> float:
+    """Seconds that the group itself waits for a rank."""
+    seconds = [group._get_backend(device).options._timeout.total_seconds() for device in group._device_types]
+    return float(max(seconds))
 
 
 def _is_of_communication(error: BaseException) -> bool:

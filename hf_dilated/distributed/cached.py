@@ -73,8 +73,8 @@ class CachedSequence:
         output = (share.view(B, G, -1, share.shape[2]) @ seen).flatten(1, 2)
         parts = self.wire.gather(torch.cat([output, lse[..., None]], -1)).wait()  # (P, B, H, Dv + 1)
         lses = parts[..., -1]
-        total = lses.logsumexp(0)
-        merged = ((lses - total).exp()[..., None] * parts[..., :-1]).sum(0)
+        total = lses.logsumexp(0)  # -inf where no rank has a key that is seen
+        merged = ((lses - torch.where(total.isinf(), 0, total)).exp()[..., None] * parts[..., :-1]).sum(0)
         return with_sink(merged[:, :, None].to(query.dtype), total[..., None], sink_logits)[0]
 
     def _weights(self, pattern: Pattern, heads: int, kv_heads: int) -> Tensor:

@@ -6,7 +6,6 @@ stream (on a CPU: the program) wait for the data.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,16 +33,14 @@ class Arrival:
         Raises:
             RuntimeError: If the communication fails or takes too long; a session names the rank behind it.
         """
-        try:
-            for work in self.works:
-                if self.tensor.is_cuda:  # only the stream waits
-                    work.wait()
-                else:
-                    work.wait(self.wire.timeout)
-        except RuntimeError as error:
-            raise self.wire.explain(error) from error
+        if self.works:
+            self.wire.finish(self._wait, not self.tensor.is_cuda)
         self.works = []
         return self.tensor
+
+    def _wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 @dataclass(frozen=True)
@@ -53,13 +50,7 @@ class Wire:
     group: dist.ProcessGroup
     rank: int
     ranks: int
-    explain: Callable[[RuntimeError], RuntimeError] = lambda error: error
-    timeout_seconds: int | None = None
-
-    @property
-    def timeout(self) -> timedelta:
-        """How long to wait; zero leaves it to the group."""
-        return timedelta(seconds=self.timeout_seconds or 0)
+    finish: Callable[[Callable[[], None], bool], None] = lambda wait, blocks: wait()  # of a session: Watch.finish
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> "Wire":

@@ -138,10 +138,11 @@ def sequence_parallel(
 
     Args:
         mesh_or_group: A one-dimensional device mesh or a process group; None is all processes.
-        config: Layout, transport and the time after which a rank counts as lost.
+        config: Layout, transport and the time after which a silent rank counts as lost.
 
     Raises:
-        RankLostError: If a rank fails, is killed or does not answer; on every other rank, naming it and the step.
+        RankLostError: If a rank fails, is killed, falls silent, or does not come within the timeout of the process
+            group; on every other rank, naming it and the step.
 
     Example:
         >>> with sequence_parallel() as sp:  # doctest: +SKIP
@@ -157,7 +158,7 @@ def sequence_parallel(
     config = config or RingConfig()
     group = mesh_or_group or dist.distributed_c10d._get_default_group()
     with Watch(Wire.of(group), config.timeout_seconds) as watch:
-        wire = Wire(group, watch.wire.rank, watch.wire.ranks, watch.explain, config.timeout_seconds)
+        wire = Wire(group, watch.wire.rank, watch.wire.ranks, watch.finish)
         session = SequenceParallel(wire, config, watch)
         _active.append(session)
         try:

@@ -1,8 +1,10 @@
 """What happens when a rank fails: the others end with an error that names it, in time, and training resumes."""
 
+import contextlib
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -72,24 +74,95 @@ def test_the_others_name_the_rank_and_the_step(tmp_path: Path, how: str, victim:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.done", "2.done"]
 
 
-def missing(rank: int) -> str:
-    """A rank that never comes to a step is named, too."""
+def missing(rank: int, where: str) -> str:
+    """One rank lives, but keeps the other waiting for longer than the group allows."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
     try:
-        with sequence_parallel(config=RingConfig(timeout_seconds=2)) as sp:
+        if rank == 1 and where == "outside":
+            time.sleep(4)
+        with sequence_parallel(group, RingConfig(timeout_seconds=1)) as sp:
             sp.shard(BATCH)
-            if rank == 0:
-                sp.shard(BATCH)
-            else:
-                time.sleep(4)
+            if rank == 1:
+                time.sleep(5)
+            sp.shard(BATCH)
     except RankLostError as error:
         return str(error)
     return "nothing"
 
 
 @pytest.mark.timeout(60)
-def test_a_rank_that_does_not_come() -> None:
-    messages: list[Any] = run_on_ranks(2, missing)
-    assert "rank 1 has not come to step 2 within 2 seconds" in messages[0]
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("inside", "is alive, but has not come to step 2"), ("outside", "has not opened the session")],
+)
+def test_a_rank_that_does_not_come(where: str, words: str) -> None:
+    messages: list[Any] = run_on_ranks(2, missing, where, lost={1} if where == "outside" else set())
+    expected = f"rank 1 {words} within 2 seconds, the timeout of the process group"
+    assert expected in messages[0]
+    if where == "inside":
+        assert f"rank 0 failed at step 2: RankLostError: {expected}" in messages[1]
+
+
+def slow(rank: int, where: str, slow_rank: int) -> str:
+    """A rank takes thrice the time after which a silent one is lost."""
+    with contextlib.ExitStack() as stack:
+        for place in ("outside", "before a step", "before a communication"):
+            if rank == slow_rank and place == where:
+                time.sleep(3)
+            if place == "outside":
+                sp = stack.enter_context(sequence_parallel(config=RingConfig(timeout_seconds=1)))
+                sp.shard(BATCH)
+            elif place == "before a step":
+                sp.shard(BATCH)
+            elif place == "before a communication":
+                sp.sum(torch.ones(3))
+    return "fine"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("slow_rank", [0, 1])
+@pytest.mark.parametrize("where", ["outside", "before a step", "before a communication"])
+def test_a_slow_rank_is_waited_for(where: str, slow_rank: int) -> None:
+    assert run_on_ranks(2, slow, where, slow_rank) == ["fine", "fine"]
+
+
+def without_the_store(rank: int) -> str:
+    """The process that holds the store dies; it is not of the group."""
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        with sequence_parallel(group, RingConfig(timeout_seconds=1)) as sp:
+            sp.shard(BATCH)
+            time.sleep(3)
+    except RankLostError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.timeout(60)
+def test_who_holds_the_store_is_named() -> None:
+    for message in run_on_ranks(3, without_the_store, lost={0})[1:]:
+        assert "rank 0 no longer answers" in message
+
+
+def other_sessions(rank: int) -> str:
+    """One rank has opened sessions of its own before the common ones."""
+    alone = dist.new_group([0])
+    for _ in range(2):
+        if rank == 0:
+            with sequence_parallel(alone) as sp:
+                sp.shard(BATCH)
+        with sequence_parallel(config=RingConfig(timeout_seconds=2)) as sp:
+            sp.shard(BATCH)
+            sp.sum(torch.ones(3))
+    return "fine"
+
+
+@pytest.mark.timeout(60)
+def test_sessions_of_other_groups_do_not_count() -> None:
+    assert run_on_ranks(2, other_sessions, limit=30) == ["fine", "fine"]
 
 
 def nested(rank: int) -> str:
