@@ -34,7 +34,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hf_dilated.cards import write_card
 from hf_dilated.cli.evaluate import run as measure
 from hf_dilated.evaluation.report import short_count
-from hf_dilated.evaluation.suite import trained_length
+from hf_dilated.integration.reach import trained_length
 from hf_dilated.integration.report import ReportError
 from hf_dilated.patching import plan_patch
 from hf_dilated.patching.staging import staging_folder
