@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from hf_dilated.distributed.communication import Wire
 
+STORE_HOST = 0  # the rank whose process usually holds the store
 GRACE_SECONDS = 10.0  # for a rank to notice by itself that another one is lost, before its process is ended
 _opened: Counter[str] = Counter()  # sessions of a group so far, by its ranks: all of them have opened as many
 
@@ -69,22 +70,23 @@ class Watch:
         lost = self._lost
         if error is not None and lost is None and _is_of_communication(error):
             lost = self._await_loss()
-        if lost is not None:
-            self._linger()
-        self._over.set()
         if error is not None and lost is None:
             self._try_set(f"failed/{self.wire.rank}", f"{self.step}\n{type(error).__name__}: {error}")
         self._try_set(f"left/{self.wire.rank}", str(self.step))
+        if lost is not None:
+            self._linger(3 * self._interval)
+        elif self._names[self.wire.rank] == STORE_HOST:
+            self._linger(self.timeout)
+        self._over.set()
         self._thread.join(self.timeout)
         if lost is not None and error is not lost:
             raise lost from error
 
-    def _linger(self) -> None:
-        """Give the others time to learn of the loss before this process, which may hold the store, is gone."""
-        self._try_set(f"left/{self.wire.rank}", str(self.step))
-        until = time.monotonic() + 3 * self._interval
+    def _linger(self, seconds: float) -> None:
+        """Let the others leave, or learn of a loss, before this process, which may hold the store, is gone."""
+        known, until = self._lost, time.monotonic() + seconds
         everybody = [f"left/{rank}" for rank in range(self.wire.ranks)]
-        while time.monotonic() < until and not self._store_has(everybody):
+        while self._lost is known and time.monotonic() < until and not self._store_has(everybody):
             time.sleep(0.02)
 
     def _store_has(self, keys: list[str]) -> bool:
@@ -220,7 +222,9 @@ class Watch:
 
     def _lose_store(self, error: RuntimeError) -> None:
         if isinstance(error, dist.DistNetworkError):
-            self._lose_named(0, f"no longer answers ({type(error).__name__}): the store of all processes is there")
+            self._lose_named(
+                STORE_HOST, f"no longer answers ({type(error).__name__}): the store of all processes is there"
+            )
         else:
             self._lose(self.wire.rank, f"cannot use the store of all processes ({error})")
 

@@ -126,6 +126,21 @@ def test_a_slow_rank_is_waited_for(where: str, slow_rank: int) -> None:
     assert run_on_ranks(2, slow, where, slow_rank) == ["fine", "fine"]
 
 
+def leaves_last(rank: int, last: int) -> str:
+    """One rank, be it the one whose process holds the store, leaves long before the other."""
+    with sequence_parallel(config=RingConfig(timeout_seconds=5)) as sp:
+        sp.shard(BATCH)
+        if rank == last:
+            time.sleep(3)
+    return "fine"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("last", [0, 1])
+def test_ranks_may_leave_one_after_the_other(last: int) -> None:
+    assert run_on_ranks(2, leaves_last, last) == ["fine", "fine"]
+
+
 def without_the_store(rank: int) -> str:
     """The process that holds the store dies; it is not of the group."""
     group = dist.new_group([1, 2])
