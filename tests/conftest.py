@@ -2,13 +2,18 @@
 
 ``HF_DILATED_TEST_DEVICE=cuda`` runs on a GPU what makes its tensors without naming a device:
 ``pytest tests/engine tests/integration/test_{masks,compile,generation}.py``.
+
+Generated cases are the same in every run; ``pytest --hypothesis-profile=default`` searches for new ones.
 """
 
 import os
 
 import torch
+from hypothesis import settings
 
 os.environ["COLUMNS"] = "240"  # messages of the command are compared line by line
 torch.set_default_device(os.environ.get("HF_DILATED_TEST_DEVICE", "cpu"))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run as plain Python
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")

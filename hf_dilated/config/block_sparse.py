@@ -85,10 +85,12 @@ class BlockParts:
             seen += before // self.stride_blocks - first // self.stride_blocks
         for distance in (1 << power for power in range(min(self.dilated_blocks, blocks.bit_length()))):
             seen += (row - distance >= self.global_blocks) & ~self.shows_always(row, row - distance)
+        shows_own = np.broadcast_to(self.shows_always(row, row), row.shape).copy()
         for i, bits in enumerate(self.mask_bits()[:blocks]):
             later = np.flatnonzero(bits[: i + 1])
             seen[i] += np.count_nonzero(~self.shows_always(i, later) & ~self.is_dilated(i, later))
-        seen += np.minimum(self.random_blocks + self.topk_blocks, row + 1 - seen)
+            shows_own[i] |= bits[i]
+        seen += np.minimum(self.random_blocks + self.topk_blocks, row - (seen - shows_own))
         return float(seen.sum() / (blocks * (blocks + 1) / 2))
 
     def shows_always(self, i: Any, j: Any) -> Any:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, PreTrainedConfig
 
@@ -52,6 +52,10 @@ def test_masks_of_every_form_are_one():
     assert block_mask_of(lambda i, j: rows[i][j], 3) == expected
 
 
+WITHOUT_THE_OWN_BLOCK = BlockParts(local_blocks=0, random_blocks=2, block_mask=block_mask_of(lambda i, j: i > j, 4))
+
+
+@example(config=BlockSparseConfig(layers=((WITHOUT_THE_OWN_BLOCK,),)), blocks=4, is_causal=True)
 @given(config=block_configs(32), blocks=st.integers(1, 4), is_causal=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_density_counts_what_the_oracle_sees(config, blocks, is_causal):
