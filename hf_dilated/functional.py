@@ -136,6 +136,7 @@ def attend(
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     plain = key_positions is None and sink_logits is None and not return_lse
     if plain and not torch.compiler.is_compiling() and _is_stock(query, key, pattern, is_causal):
+        pattern.check(query.shape[1], is_causal)
         square, grouped = query.shape[2] == key.shape[2], query.shape[1] != key.shape[1]
         with op.running(query):
             return scaled_dot_product_attention(

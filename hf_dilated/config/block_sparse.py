@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -68,6 +68,14 @@ class BlockParts:
             for field in dataclasses.fields(BlockParts)
             if (value := getattr(self, field.name)) != field.default
         }
+
+    @property
+    def dense_blocks(self) -> int:
+        """Blocks of the longest document that certainly sees all of itself; a mask bounds it, as it bounds any."""
+        if not self.local_blocks:
+            return 0
+        seen = self.local_blocks + self.global_blocks + self.random_blocks + self.topk_blocks
+        return seen if self.block_mask is None else min(seen, len(self.block_mask))
 
     def causal_density(self, blocks: int) -> float:
         """Fraction of the ``blocks * (blocks + 1) / 2`` causal pairs of blocks that a document of ``blocks`` visits.
@@ -141,6 +149,7 @@ class BlockSparseConfig(BlockParts):
     seed: int = 0
     layers: Layers = ()
     dense_layers: tuple[int, ...] = ()
+    text: ClassVar[str]  # of every instance: what patterns read; made once, since a compiled function cannot make it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,6 +165,7 @@ class BlockSparseConfig(BlockParts):
             raise ConfigError(
                 f"layers: hold the parts of every layer; {', '.join(super().to_dict())} beside them would mean nothing"
             )
+        object.__setattr__(self, "text", str({**self.to_dict(), "dense_layers": []}))
 
     @property
     def depends_on_layer(self) -> bool:
@@ -169,12 +179,7 @@ class BlockSparseConfig(BlockParts):
 
     def dense_length(self, layer: int = 0) -> int:
         """Longest document, in tokens, that ``layer`` certainly attends to exactly as dense attention does."""
-        return self.block_size * min(
-            parts.local_blocks + parts.global_blocks + parts.random_blocks + parts.topk_blocks
-            if parts.local_blocks
-            else 0
-            for parts in self.parts(layer)
-        )
+        return self.block_size * min(parts.dense_blocks for parts in self.parts(layer))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, the inverse of :meth:`from_dict`."""

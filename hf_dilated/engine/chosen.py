@@ -36,9 +36,8 @@ def chosen_blocks(
     Returns:
         (B, H, N, k) int32 indices of blocks within the token's document; -1 for none.
     """
-    if not is_causal:
-        raise ValueError("topk_blocks: blocks are chosen among earlier ones, which needs causal attention")
     B, H, N, _ = query.shape
+    pattern.check(H, is_causal)
     M, size = key.shape[2], pattern.config.block_size
     chosen = torch.full((B, H, N, pattern.chosen_blocks), -1, dtype=torch.int32, device=query.device)
     for key_base, query_base, first_query, length in zip(

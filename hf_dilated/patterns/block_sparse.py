@@ -1,7 +1,6 @@
 """Block-sparse attention: rows of blocks."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,10 +54,10 @@ class BlockSparsePattern:
     config: BlockSparseConfig
     layer: int = 0
 
-    @cached_property
+    @property
     def spec(self) -> str:
         """The pattern as text, read by :func:`hf_dilated.patterns.parse`; layers of one pattern have one text."""
-        return f"block_sparse {({**self.config.to_dict(), 'dense_layers': []}, self._turn)}"
+        return f"block_sparse ({self.config.text}, {self._turn})"
 
     @property
     def _turn(self) -> int:
@@ -73,6 +72,12 @@ class BlockSparsePattern:
     def is_dense(self, length: int) -> bool:
         """Whether a document of a length certainly sees all of itself."""
         return length <= self.config.dense_length(self.layer)
+
+    def check(self, heads: int, is_causal: bool) -> None:
+        """Refuse heads that cannot be grouped, and a choice without causality."""
+        self.groups(heads)
+        if self.chosen_blocks and not is_causal:
+            raise ValueError("topk_blocks: blocks are chosen among earlier ones, which needs causal attention")
 
     @property
     def chosen_blocks(self) -> int:

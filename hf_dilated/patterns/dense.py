@@ -33,6 +33,9 @@ class DensePattern:
         """Whether a document of a length sees all of itself."""
         return self.window is None or self.window >= length
 
+    def check(self, heads: int, is_causal: bool) -> None:
+        """Refuse nothing (:class:`hf_dilated.patterns.partials.Pattern`)."""
+
     def visible(self, position: Tensor, keys: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
         """List the positions that one causal query sees (:class:`hf_dilated.patterns.partials.Pattern`)."""
         count = keys if self.window is None else min(self.window, keys)

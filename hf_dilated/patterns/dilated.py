@@ -84,6 +84,9 @@ class DilatedPattern:
         """Whether a document of a length sees all of itself."""
         return length <= self.config.dense_length(self.layer)
 
+    def check(self, heads: int, is_causal: bool) -> None:
+        """Refuse nothing (:class:`hf_dilated.patterns.partials.Pattern`)."""
+
     def visible(self, position: Tensor, keys: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
         """List the positions that one causal query sees (:class:`hf_dilated.patterns.partials.Pattern`)."""
         S, phase = self.config.sink_tokens, self.phase

@@ -92,6 +92,10 @@ class Pattern(Hashable, Protocol):
         """Whether a document of a length sees all of itself."""
         ...
 
+    def check(self, heads: int, is_causal: bool) -> None:
+        """Raise the ValueError of :meth:`levels`, if there is one, also where a document sees all of itself."""
+        ...
+
     def levels(self, documents: Documents, heads: int, kv_heads: int, is_causal: bool) -> list[Level]:
         """List the partial attentions, level by level."""
         ...

@@ -1,5 +1,6 @@
 """Block-sparse attention against the oracle."""
 
+import dataclasses
 import os
 
 import pytest
@@ -105,8 +106,9 @@ def test_a_choice_trains_the_blocks_that_were_chosen():
     assert touched[-1] == 15
 
 
-def test_choosing_needs_causal_attention():
-    tensors = (torch.randn(1, 1, 16, 8) for _ in range(3))
+@pytest.mark.parametrize("length", [4, 16])
+def test_choosing_needs_causal_attention(length):
+    tensors = (torch.randn(1, 1, length, 8) for _ in range(3))
     with pytest.raises(ValueError, match="topk_blocks: .*needs causal attention"):
         block_sparse_attention(*tensors, BlockSparseConfig(block_size=4, topk_blocks=1), is_causal=False)
 
@@ -117,9 +119,19 @@ def test_a_mask_must_be_as_long_as_the_input():
     assert block_sparse_attention(*(x[:, :, :12] for x in tensors), config).shape[2] == 12
     with pytest.raises(ValueError, match="block_mask: has 3 rows, but the input needs 4"):
         block_sparse_attention(*tensors, config)
+    with pytest.raises(ValueError, match="block_mask: has 3 rows, but the input needs 4"):  # dense without the mask
+        block_sparse_attention(*tensors, dataclasses.replace(config, local_blocks=9))
 
 
-def test_groups_of_heads_must_be_equally_large():
+@pytest.mark.parametrize("length", [4, 16])
+def test_groups_of_heads_must_be_equally_large(length):
     config = BlockSparseConfig(block_size=4, layers=((BlockParts(),) * 3,))
     with pytest.raises(ValueError, match="3 groups of heads do not divide 4 query heads"):
-        block_sparse_attention(*(torch.randn(1, 4, 16, 8) for _ in range(3)), config)
+        block_sparse_attention(*(torch.randn(1, 4, length, 8) for _ in range(3)), config)
+
+
+def test_the_function_is_one_graph():
+    tensors = [torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3)]
+    config = BlockSparseConfig(block_size=4, layers=((BlockParts(local_blocks=2), BlockParts(global_blocks=1)),))
+    compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors, config), block_sparse_attention(*tensors, config))
