@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hf_dilated.memory import MemoryPool
 from hf_dilated.memory.pool import pool as pool_module
-from hf_dilated.memory.pool.arena import Arena
 from hf_dilated.memory.pool.eviction import Usage
 from hf_dilated.memory.pool.sizes import size_class
 from hf_dilated.memory.system import System
@@ -177,30 +176,6 @@ def test_live_tensors_never_share_bytes(program: list[tuple[str, int, int]], mod
     assert pool.stats()["bytes_cached"] == 0
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 8 * MIB), st.integers(0, 99)), max_size=80))
-def test_the_arena_keeps_count(steps: list[tuple[bool, int, int]]) -> None:
-    """Free and used ranges tile every segment; no two free ones touch; what is held is what is resident."""
-    arena = Arena(Usage(), huge_pages=False, placement=None, segment_size=16 * MIB)
-    used = []
-    for take, size, choice in steps:
-        if take or not used:
-            used.append(arena.take(size, lasting=choice % 4 == 0)[0])
-        elif choice % 5 == 0:
-            arena.release(size)
-        else:
-            arena.give(used.pop(choice % len(used)))
-        for segment in arena._segments:
-            free = sorted(segment.by_start.values(), key=lambda r: r.start)
-            waiting = [r for ranges in arena._waiting.values() for r in ranges]
-            tiles = sorted([(r.start, r.size) for r in [*free, *used, *waiting] if r.segment is segment])
-            assert [start for start, _ in tiles] == [0, *(start + size for start, size in tiles)][: len(tiles)]
-            assert sum(size for _, size in tiles) == segment.mapping.size
-            assert all(a.start + a.size < b.start for a, b in zip(free, free[1:], strict=False))
-        assert arena.held == sum(s.resident.count(1) for s in arena._segments) * 2 * MIB
-        assert len(arena._by_size) == sum(len(s.by_start) for s in arena._segments)
-
-
 def test_the_budget_holds(pool: MemoryPool) -> None:
     pool.budget = 8 * MIB
     tensors = [pool.empty((MIB,)) for _ in range(8)]
@@ -244,12 +219,10 @@ def step(pool: MemoryPool, length: int) -> None:
         del grads, converted
 
 
-@pytest.mark.parametrize(
-    ("mode", "varies", "hit_rate"),
-    [("lightweight", False, 0.95), ("full", False, 0.95), ("lightweight", True, 0.4), ("full", True, 0.8)],
-)
-def test_a_thousand_steps(mode: str, varies: bool, hit_rate: float) -> None:
-    """No growth, little fragmentation; many hits, too, unless lengths vary and blocks cannot be split."""
+@pytest.mark.parametrize("mode", POOLED)
+@pytest.mark.parametrize("varies", [False, True])
+def test_a_thousand_steps(mode: str, varies: bool) -> None:
+    """No growth, little fragmentation, and nearly all are hits, also where lengths vary."""
     pool = MemoryPool(mode)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2048, 16384, (1000,), generator=generator).tolist() if varies else [8192] * 1000
@@ -263,7 +236,7 @@ def test_a_thousand_steps(mode: str, varies: bool, hit_rate: float) -> None:
     assert stats["bytes_live"] == 0
     assert max(held[100:]) <= max(held[:100]) * 1.1
     assert stats["fragmentation"] < 0.1
-    assert stats["hit_rate"] >= hit_rate
+    assert stats["hit_rate"] >= 0.95
 
 
 def test_eviction_prefers_what_is_old_rare_and_large() -> None:

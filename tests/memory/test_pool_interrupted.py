@@ -27,7 +27,7 @@ def test_eight_threads(pool: MemoryPool) -> None:
         generator = torch.Generator().manual_seed(number)
         kept: list[Tensor] = []
         for _ in range(150):
-            size = int(torch.randint(1, 1 << 18, (1,), generator=generator))
+            size = int(torch.randint(1, 1 << 14, (1,), generator=generator))
             kept.append(pool.empty((size,), torch.int32).fill_(number))
             if len(kept) > 4:
                 wrong.append(int((kept.pop(size % 5) != number).sum()))
