@@ -54,13 +54,18 @@ def add_forward(total: Any, plan: Plan, query: Tensor, key: Tensor, value: Tenso
     """Merge what a plan's calls return into an :func:`output_total`; tensors as in :func:`forward`."""
     chosen = _Kernels.of(query, value)
     for call in plan.calls:
-        (q,), (k, v) = _take(call, call.query, query), _take(call, call.key, key, value)
-        if call.is_packed:
-            lengths = call.packed_lengths(q.device)
-            part, lse = chosen.packed.forward(q, k, v, lengths, call.is_causal, scale)
-        else:
-            part, lse = chosen.for_call(call).forward(q, k, v, call.is_causal, scale)
+        part, lse = _attend(chosen, call, query, key, value, scale)
         total.add(call.query, part, lse, call.is_first)
+        del part, lse  # before the next call gathers
+
+
+def _attend(
+    chosen: "_Kernels", call: Call, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    (q,), (k, v) = _take(call, call.query, query), _take(call, call.key, key, value)
+    if call.is_packed:
+        return chosen.packed.forward(q, k, v, call.packed_lengths(q.device), call.is_causal, scale)
+    return chosen.for_call(call).forward(q, k, v, call.is_causal, scale)
 
 
 def backward(
@@ -87,17 +92,29 @@ def add_backward(
     of_query, of_key, of_value = totals
     chosen = _Kernels.of(query, value)
     for call in plan.calls:
-        q, grad_part, output_part = _take(call, call.query, query, grad, output)
-        (k, v), (lse_part,) = _take(call, call.key, key, value), _take(call, call.query, lse)
-        tensors = grad_part, q, k, v, output_part, lse_part
-        if call.is_packed:
-            lengths = call.packed_lengths(q.device)
-            parts = chosen.packed.backward(*tensors, lengths, call.is_causal, scale)
-        else:
-            parts = chosen.for_call(call).backward(*tensors, call.is_causal, scale)
+        parts = _gradients(chosen, call, grad, query, key, value, output, lse, scale)
         of_query.add(call.query, (of_query,), parts[:1])
         of_query.add(call.key, (of_key, of_value), parts[1:])
-        del parts
+        del parts  # before the next call gathers
+
+
+def _gradients(
+    chosen: "_Kernels",
+    call: Call,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Gradients:
+    q, grad_part, output_part = _take(call, call.query, query, grad, output)
+    (k, v), (lse_part,) = _take(call, call.key, key, value), _take(call, call.query, lse)
+    tensors = grad_part, q, k, v, output_part, lse_part
+    if call.is_packed:
+        return chosen.packed.backward(*tensors, call.packed_lengths(q.device), call.is_causal, scale)
+    return chosen.for_call(call).backward(*tensors, call.is_causal, scale)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from hf_dilated.patterns.partials import Gathered, Level, Partials, Pattern, Spa
 
 LARGEST_VIEWED_RATE = 4  # rows further apart are gathered: the copy costs less than strided reads and many launches
 SMALL_CALL = 1 << 17  # rows (token and head) up to which a launch costs more than gathering them
+GATHERED_PART = 4  # of all rows a call gathers one in this many: query, key, value and output are then one query
+LEAST_GATHERED = 1 << 15  # rows that a call may gather in any case
 MOST_GATHERED = 1 << 16  # keys of a head that a call puts side by side where rows share them
 REGULAR_SIZE = 128  # sizes that come from segments rather than from the end of a document
 PLANS_KEPT = 16
@@ -198,9 +200,14 @@ def _lower(level: Level, frame: Frame, repeats: int, packs: bool, is_first: bool
             size = int(group.query.count[0]), int(group.key.count[0])
             gathered[group.is_causal, group.turn, len(group.heads), len(group.key_heads), size].append(group)
     if packs:
-        gathered = _pack(gathered)
+        gathered = _pack(gathered, _most_gathered(level, frame))
     for groups in gathered.values():
         yield _call(groups, frame, is_first)
+
+
+def _most_gathered(level: Level, frame: Frame) -> int:
+    heads = {head for part in level for head in part.heads}
+    return max(LEAST_GATHERED, frame.rows * frame.queries * len(heads) // GATHERED_PART)
 
 
 def _groups(level: Level, repeats: int) -> Iterator[_Group]:
@@ -243,11 +250,24 @@ def _even_shares(heads: tuple[int, ...], repeats: int) -> list[tuple[tuple[int, 
     return [(tuple(turn.values()), tuple(turn)) for turn in turns]
 
 
-def _pack(gathered: dict[Any, list[_Group]]) -> dict[Any, list[_Group]]:
+def _pack(gathered: dict[Any, list[_Group]], most: int) -> dict[Any, list[_Group]]:
+    """Let groups of all sizes share calls of at most ``most`` rows, or of one group."""
     packed: dict[Any, list[_Group]] = defaultdict(list)
     for (*kind, _), groups in gathered.items():
         packed[tuple(kind)] += groups
-    return packed
+    return {(kind, number): part for kind, groups in packed.items() for number, part in enumerate(_split(groups, most))}
+
+
+def _split(groups: list[_Group], most: int) -> Iterator[list[_Group]]:
+    portion, rows = list[_Group](), 0
+    for group in groups:
+        more = max(int(group.query.count.sum()) * len(group.heads), int(group.key.count.sum()) * len(group.key_heads))
+        if portion and rows + more > most:
+            yield portion
+            portion, rows = [], 0
+        portion.append(group)
+        rows += more
+    yield portion
 
 
 def _view(spans: Spans | Gathered, heads: tuple[int, ...], rows: int, length: int) -> View | None:
