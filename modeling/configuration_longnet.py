@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from hf_dilated import DilatedConfig
+from .hf_dilated_code import hf_dilated
 
 POSITIONS = ("xpos", "rope")
 SHORTEST_SEGMENT = 2048
@@ -74,7 +74,9 @@ class LongNetConfig(PreTrainedConfig):
             segments = [min(SHORTEST_SEGMENT, self.max_position_embeddings)]
             while segments[-1] < self.max_position_embeddings:
                 segments.append(2 * segments[-1])
-            self.hf_dilated = DilatedConfig.longnet(segments, [1 << branch for branch in range(len(segments))])
+            self.hf_dilated = hf_dilated.DilatedConfig.longnet(
+                segments, [1 << branch for branch in range(len(segments))]
+            )
 
     @property
     def head_dim(self) -> int:

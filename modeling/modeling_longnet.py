@@ -29,9 +29,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-import hf_dilated  # noqa: F401  (registers the backends)
-
 from .configuration_longnet import LongNetConfig
+from .hf_dilated_code import hf_dilated  # noqa: F401  (registers the backends)
 
 Rotation = tuple[Tensor, Tensor, Tensor | None]
 

@@ -33,7 +33,7 @@ def patch(
         str | None, typer.Option(help="yarn (default), linear, dynamic, or parameters as JSON or a JSON file.")
     ] = None,
     remote_code: Annotated[
-        bool, typer.Option("--remote-code", help="Let trust_remote_code=True replace `import hf_dilated`.")
+        bool, typer.Option("--remote-code", help="Carry the code: trust_remote_code=True replaces the import.")
     ] = False,
     copy: Copy = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,

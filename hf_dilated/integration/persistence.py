@@ -9,12 +9,14 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from hf_dilated.config import ConfigError, MemoryConfig, StoredConfig
 from hf_dilated.integration.backends import BACKENDS, Backend
+from hf_dilated.integration.carried import carry
 from hf_dilated.integration.layers import backend_config
 
 FIELD = "hf_dilated"
@@ -78,6 +80,7 @@ def install() -> None:
         return
     PreTrainedConfig.hf_dilated = StoredField()
     PreTrainedConfig.to_dict = _saving(PreTrainedConfig.to_dict)
+    PreTrainedConfig.save_pretrained = _carrying(PreTrainedConfig.save_pretrained)
 
 
 def _holder(config: Any) -> Any:
@@ -144,6 +147,15 @@ def _saving(to_dict: Any) -> Any:
         if backend := _backends(own, {name: values.get(name) for name in config.sub_configs}):
             values["attn_implementation"] = backend
         return values
+
+    return wrapper
+
+
+def _carrying(save_pretrained: Any) -> Any:
+    @functools.wraps(save_pretrained)
+    def wrapper(config: Any, save_directory: Any, *arguments: Any, **options: Any) -> None:
+        save_pretrained(config, save_directory, *arguments, **options)
+        carry(config, Path(save_directory))
 
     return wrapper
 

@@ -5,12 +5,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from hf_dilated.integration.carried import FILE, FILES
 from hf_dilated.integration.loading import load_statement
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.reach import reach_of
@@ -114,7 +116,7 @@ class CheckpointPlan:
             "source": str(self.source.resolve()),
             "is_linked": self.is_linked,
             "files": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
-            "written": dict(self.written),
+            "written": {name: sha256(text.encode()).hexdigest() for name, text in self.written.items()},
         }
 
     def _verify(self, staging: Staging) -> None:
@@ -153,8 +155,7 @@ def plan_patch(
     )
     written = _tokenizer_limit(folder, config, max_position_embeddings)
     if remote_code:
-        config.auto_map = code.auto_map(config)
-        written[code.FILE] = code.module_source(config.auto_map)
+        written |= code.add(config)
     weights = read_weights(folder)
     _check_fits(weights, before)
     return _plan(folder, destination, config, weights, written | _config_file(folder, before, config), link, report)
@@ -176,7 +177,7 @@ def patch_checkpoint(source: str | Path, destination: str | Path, **options: Any
         max_position_embeddings: Longest input, in tokens, if it is to grow.
         rope_scaling: How rotary positions reach further: ``"yarn"`` (default), ``"linear"``, ``"dynamic"``, or the
             parameters of Transformers as a dictionary. A model that is scaled already enlarges its own scaling.
-        remote_code: Also write the module that lets ``trust_remote_code=True`` replace ``import hf_dilated``.
+        remote_code: Also write the code that lets ``trust_remote_code=True`` replace import and installation.
         link: Whether weights may be hard links.
         revision: Branch, tag or commit on the Hub.
         local_files_only: Whether to do without the network.
@@ -242,9 +243,9 @@ def _plan(
     link: bool,
     report: ModelReport | None,
 ) -> CheckpointPlan:
-    own_code = () if code.FILE in written else (code.FILE,)
     index = () if weights.index is None else (weights.index,)
-    copied = [name for name in sources.companions(folder) if name not in written and name not in own_code]
+    own_code = FILES if (folder / FILE).is_file() else ()
+    copied = [name for name in sources.companions(folder) if name not in (*written, *own_code)]
     return CheckpointPlan(
         source=folder,
         destination=destination,

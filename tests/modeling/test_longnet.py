@@ -1,8 +1,6 @@
 """LongNet as Transformers expects a model to behave, and its attention against the oracle."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,33 +196,16 @@ def test_saving_and_loading(model_class: Any, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_carries_its_code(tmp_path: Path) -> None:
-    """It loads in a process that has never seen this folder of code."""
-    model = build()
-    model.save_pretrained(tmp_path / "saved")
-    auto_map = AutoConfig.from_pretrained(tmp_path / "saved").auto_map
-    assert auto_map["AutoModelForCausalLM"] == "modeling_longnet.LongNetForCausalLM"
-    torch.save(logits(model, tokens()), tmp_path / "expected.pt")
-    program = f"""
-import sys, torch
-from hf_dilated.integration.report import report
-from transformers import AutoConfig, AutoModelForCausalLM
-layers = report(AutoConfig.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)).layers
-assert [layer.kind for layer in layers] == ["pattern"] * {model.config.num_hidden_layers}, layers
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True, dtype=torch.float64)
-assert "modeling" not in sys.modules and "transformers_modules" in type(model).__module__
-expected = torch.load({str(tmp_path / "expected.pt")!r})
-ids = torch.randint(3, 50, (2, 40), generator=torch.Generator().manual_seed(0))
-torch.testing.assert_close(model(ids).logits, expected)
-"""
-    root = Path(__file__).resolve().parents[2]
-    package = tmp_path / "path"
-    package.mkdir()
-    (package / "hf_dilated").symlink_to(root / "hf_dilated")
-    environment = {"PYTHONPATH": str(package), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "PATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, timeout=120, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    """A process that has never seen this folder runs it in tests/patching/test_remote_code.py."""
+    build().save_pretrained(tmp_path)
+    code = {path.name for path in tmp_path.glob("*.py")}
+    assert code == {"configuration_longnet.py", "modeling_longnet.py", "hf_dilated_code.py"}
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.auto_map["AutoModelForCausalLM"] == "modeling_longnet.LongNetForCausalLM"
+    config.save_pretrained(tmp_path / "configuration")
+    assert (tmp_path / "configuration" / "hf_dilated_code.py").read_bytes() == (
+        tmp_path / "hf_dilated_code.py"
+    ).read_bytes()
 
 
 def test_tied_weights_and_other_sizes_of_the_vocabulary() -> None:

@@ -4,9 +4,6 @@ import fnmatch
 import json
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -54,32 +51,6 @@ def test_it_selects_its_backend_and_computes_the_pattern(
     model.set_attn_implementation("dilated")
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
-
-
-def test_without_the_import(checkpoint: Path, tmp_path: Path) -> None:
-    """Transformers names the backend; code that the checkpoint brings needs no import."""
-    patch_checkpoint(checkpoint, tmp_path / "long", max_position_embeddings=1024, remote_code=True)
-    program = """
-        import sys, transformers
-        try:
-            transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
-        except ValueError as error:
-            assert 'attn_implementation="dilated"` is not supported' in str(error), error
-        else:
-            raise AssertionError("ran without the package")
-        for auto in transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification:
-            model = auto.from_pretrained(sys.argv[1], trust_remote_code=True)
-            assert model.config._attn_implementation == "dilated" and model._can_set_attn_implementation()
-        model.save_pretrained(sys.argv[2])
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "long"), str(tmp_path / "saved")]
-    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | cache, timeout=200)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "saved" / "modeling_hf_dilated.py").is_file()
-    unpatch_checkpoint(tmp_path / "saved", tmp_path / "back")
-    assert not (tmp_path / "back" / "modeling_hf_dilated.py").exists()
-    assert not hasattr(AutoConfig.from_pretrained(tmp_path / "back"), "auto_map")
 
 
 @pytest.mark.parametrize("scaling", [None, "linear", "dynamic"])
