@@ -30,6 +30,8 @@ class RingConfig:
             takes rows for patterns and windows, for dense attention gather while that needs at most ``gather_bytes``,
             and exchange beyond.
         gather_bytes: Most bytes of gathered keys and values that a rank keeps for a moment.
+        chunk_tokens: In one process: compute chunks of so many tokens at a time, with scratch for a few of them instead
+            of a whole layer; 0 computes everything at once, which is faster. Several processes do not use it.
         timeout_seconds: After this time without a sign of life, a rank counts as lost and the others stop. A process
             gives signs of life by itself from when it opens its session, however long it loads data, compiles or saves.
             One that lives but does not come, or has not opened the session yet, is waited for as long as the process
@@ -46,12 +48,13 @@ class RingConfig:
     layout: Placement = "auto"
     transport: Transport = "auto"
     gather_bytes: int = 4 * GIBIBYTE
+    chunk_tokens: int = 0
     timeout_seconds: int = 60
 
     def __post_init__(self) -> None:
         one_of("layout", self.layout, get_args(Placement))
         one_of("transport", self.transport, get_args(Transport))
-        for name, least in (("gather_bytes", 0), ("timeout_seconds", 1)):
+        for name, least in (("gather_bytes", 0), ("chunk_tokens", 0), ("timeout_seconds", 1)):
             object.__setattr__(self, name, integer(name, getattr(self, name)))
             at_least(name, (getattr(self, name),), least)
 

@@ -41,6 +41,7 @@ class Watch:
     """
 
     def __init__(self, wire: Wire, timeout_seconds: float) -> None:
+        assert wire.group is not None, "a process alone has nobody to watch"
         self.wire, self.timeout, self.patience = wire, timeout_seconds, _timeout_of(wire.group)
         self.step = 0
         self._names = dist.get_process_group_ranks(wire.group)

@@ -1,12 +1,13 @@
 """Decoding with a cache whose prompt is spread over ranks: each attends with its part, and the parts merge."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hf_dilated.distributed.communication import Wire
 from hf_dilated.distributed.layout import SequenceLayout
+from hf_dilated.engine.decode import attend_slots
 from hf_dilated.engine.op import with_sink
 from hf_dilated.engine.streamed import wide
 from hf_dilated.patterns import Pattern
@@ -23,12 +24,18 @@ class CachedSequence:
         prompt: (B, n) index within the row's last document of every slot of the shard, -1 for other slots.
         length: (B,) tokens of that document so far.
         generated: Tokens generated so far.
+        longest: The most tokens of a row.
     """
 
     wire: Wire
     prompt: Tensor
     length: Tensor
     generated: int = 0
+    longest: int = field(init=False)
+    _slots: Tensor | None = field(init=False, default=None)  # of this step; all layers share it
+
+    def __post_init__(self) -> None:
+        self.longest = int(self.length.max())
 
     @classmethod
     def of(cls, wire: Wire, layout: SequenceLayout, device: torch.device) -> "CachedSequence":
@@ -39,7 +46,9 @@ class CachedSequence:
     def append(self) -> None:
         """Count one more token, which all ranks are about to read."""
         self.generated += 1
+        self.longest += 1
         self.length = self.length + 1
+        self._slots = None
 
     def positions(self) -> Tensor:
         """(B, n + generated) index of every key that this rank attends to, -1 for the others."""
@@ -47,10 +56,20 @@ class CachedSequence:
         tail = self.length[:, None] + number if self.wire.rank == 0 else number.expand(len(self.length), -1) * 0 - 1
         return torch.cat([self.prompt, tail], 1)
 
+    def slots(self) -> Tensor:
+        """(B, longest + 1) where the key at each position lies in this rank's cache, -1 where it does not."""
+        if self._slots is None:
+            positions = self.positions()
+            place = torch.where(positions < 0, self.longest, positions)
+            slot = torch.arange(positions.shape[1], device=place.device).expand_as(place)
+            self._slots = place.new_full((len(place), self.longest + 1), -1).scatter_(1, place, slot)
+            self._slots[:, self.longest] = -1
+        return self._slots
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float, sink_logits: Tensor | None
     ) -> Tensor:
-        """Attend from the newest token, which all ranks have, to the keys of all ranks.
+        """Attend from the newest token, which all ranks have, to the keys of all ranks that the pattern sees.
 
         Args:
             query: (B, H, 1, D).
@@ -63,31 +82,35 @@ class CachedSequence:
         Returns:
             Output (B, H, 1, Dv), the same on every rank.
         """
-        (B, H), G, dtype = query.shape[:2], key.shape[1], wide(query.dtype)
-        weight = self._weights(pattern, H, G)  # (B, H or 1, M)
-        scores = query.to(dtype).view(B, G, -1, query.shape[3]) @ key.to(dtype).transpose(2, 3) * scale
-        scores = scores.flatten(1, 2) + weight.log()
-        lse = scores.logsumexp(-1)  # (B, H)
-        share = (scores - torch.where(lse.isinf(), 0, lse)[..., None]).exp()
-        seen = torch.where((weight > 0).any(1)[:, None, :, None], value.to(dtype), 0)
-        output = (share.view(B, G, -1, share.shape[2]) @ seen).flatten(1, 2)
-        parts = self.wire.gather(torch.cat([output, lse[..., None]], -1)).wait()  # (P, B, H, Dv + 1)
+        if pattern.is_dense(self.longest):
+            output, lse = self._attend_to_all(query, key, value, scale)
+        else:
+            output, lse = self._attend_to_seen(query, key, value, pattern, scale)
+        parts = self.wire.gather(torch.cat([output, lse[..., None]], -1)).wait()  # (P, B, H, 1, Dv + 1)
         lses = parts[..., -1]
         total = lses.logsumexp(0)  # -inf where no rank has a key that is seen
         merged = ((lses - torch.where(total.isinf(), 0, total)).exp()[..., None] * parts[..., :-1]).sum(0)
-        return with_sink(merged[:, :, None].to(query.dtype), total[..., None], sink_logits)[0]
+        return with_sink(merged.to(query.dtype), total, sink_logits)[0]
 
-    def _weights(self, pattern: Pattern, heads: int, kv_heads: int) -> Tensor:
-        """How often every key counts for every head: (B, H or 1, M)."""
-        longest = int(self.length.max())
-        seen, is_seen = pattern.visible(self.length - 1, longest, heads, kv_heads)
-        index = torch.where(is_seen, seen, longest).clamp(max=longest)
-        counts = torch.zeros(*index.shape[:2], longest + 1, dtype=torch.float32, device=index.device)
-        counts.scatter_add_(2, index, torch.ones_like(index, dtype=torch.float32))
-        counts[..., longest] = 0
-        positions = self.positions()
-        place = torch.where(positions < 0, longest, positions)[:, None].expand(-1, counts.shape[1], -1)
-        return counts.gather(2, place)
+    def _attend_to_seen(
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Read the keys that the pattern sees, where they are here."""
+        seen, is_seen = pattern.visible(self.length - 1, self.longest, query.shape[1], key.shape[1])
+        place = torch.where(is_seen, seen, self.longest).clamp(max=self.longest)
+        slot = self.slots().gather(1, place.flatten(1)).view_as(place)
+        return attend_slots(query, key, value, slot.clamp(min=0), slot >= 0, scale)
+
+    def _attend_to_all(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Read this rank's keys where they lie, once for each key-value head."""
+        B, G, dtype = len(query), key.shape[1], wide(query.dtype)
+        is_here = (self.positions() >= 0)[:, None]  # (B, 1, M)
+        scores = query.to(dtype).view(B, G, -1, query.shape[3]) @ key.to(dtype).transpose(2, 3) * scale
+        scores = scores.flatten(1, 2).masked_fill(~is_here, -torch.inf)
+        lse = scores.logsumexp(-1)  # (B, H)
+        share = (scores - torch.where(lse.isinf(), 0, lse)[..., None]).exp()
+        own = torch.where(is_here[..., None], value.to(dtype), 0)
+        return (share.view(B, G, -1, share.shape[2]) @ own).flatten(1, 2)[:, :, None], lse[..., None]
 
 
 def chosen_logits(wire: Wire, layout: SequenceLayout, logits: Tensor) -> Tensor:

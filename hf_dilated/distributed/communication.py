@@ -47,7 +47,7 @@ class Arrival:
 class Wire:
     """The ranks of a group; every method is called by all of them, in the same order."""
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None  # None: a process alone
     rank: int
     ranks: int
     finish: Callable[[Callable[[], None], bool], None] = lambda wait, blocks: wait()  # of a session: Watch.finish
@@ -57,8 +57,15 @@ class Wire:
         """Describe a group from the view of this process."""
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
+    @classmethod
+    def alone(cls) -> "Wire":
+        """Describe one process without a group."""
+        return cls(None, 0, 1)
+
     def gather(self, x: Tensor) -> Arrival:
         """Bring everybody's x (…), equally large, together as (P, …)."""
+        if self.group is None:
+            return Arrival(x[None], [], x, self)
         sent = x.contiguous()
         out = _buffer(sent, self.ranks, *sent.shape)
         work = _all_gather(_bytes(out), _bytes(sent), group=self.group, async_op=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_dilated.config import RingConfig
 from hf_dilated.config.ring import Transport as TransportName
 from hf_dilated.distributed.accumulate import attend
+from hf_dilated.distributed.chunks import attend_in_chunks
 from hf_dilated.distributed.communication import Wire
 from hf_dilated.distributed.heads import attend_by_heads
 from hf_dilated.distributed.layout import SequenceLayout
@@ -85,9 +86,14 @@ def ring_attention(
         is_causal=is_causal,
         packs=kernels.choose_packed(kernels.Case.of(query, value)) is not None,
     )
+    if session is not None and group is None:
+        session.observe(is_dense=is_causal and attends_densely(problem))
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     q, k, v = (_flat(x) for x in (query, key, value))
-    if wire is None or wire.ranks == 1:
+    is_alone = wire is None or wire.ranks == 1
+    if is_alone and 0 < config.chunk_tokens < problem.tokens:
+        output, lse = attend_in_chunks(q, k, v, sink_logits, problem, config.chunk_tokens, scale, memory)
+    elif wire is None or wire.ranks == 1:
         output, lse = attend(q, k, v, sink_logits, partial(Here, own_plan(problem, 0)), scale, memory)
     elif (name := choose_transport(problem, config, k, v)) == "heads":
         output, lse = attend_by_heads(q, k, v, sink_logits, problem, wire, scale, memory)
@@ -113,10 +119,15 @@ def choose_transport(problem: Problem, config: RingConfig, key: Tensor, value: T
         )
     if config.transport != "auto":
         return config.transport
-    if not parse(problem.pattern).is_dense(max(problem.layout.documents.length, default=0)):
+    if not attends_densely(problem):
         return "rows"
     size = ranks * (key.numel() * key.element_size() + value.numel() * value.element_size())
     return "gather" if size <= config.gather_bytes else "exchange"
+
+
+def attends_densely(problem: Problem) -> bool:
+    """Whether every document sees all of itself."""
+    return parse(problem.pattern).is_dense(max(problem.layout.documents.length, default=0))
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """``with sequence_parallel(group) as sp``: batches in, shards out; while it lasts, ring attention knows its ranks."""
 
+import os
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +18,16 @@ from hf_dilated.config import RingConfig
 from hf_dilated.distributed.agreement import Watch
 from hf_dilated.distributed.cached import CachedSequence
 from hf_dilated.distributed.communication import Wire
-from hf_dilated.distributed.layout import SequenceLayout
+from hf_dilated.distributed.layout import Kind, SequenceLayout
 
 IGNORED = -100  # label that no loss counts
 VERSION = 1  # of what ranks must agree on
 BOUNDARIES = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+MISFIT: dict[Kind, str] = {
+    "zigzag": 'layout="contiguous", but layers attend densely: the last rank computes most; use "auto" or "zigzag"',
+    "contiguous": 'layout="zigzag", but all layers follow patterns or windows: tokens travel that neighbours would '
+    'have; use "auto" or "contiguous"',
+}
 EMPTY: dict[str, float] = {"labels": IGNORED, "shift_labels": IGNORED}
 
 
@@ -31,12 +38,15 @@ class SequenceParallel:
         wire: The ranks.
         config: How sequences are laid out and travel.
         layout: Of the batch that was sharded last.
+        kind: Of layout that ``"auto"`` gives the next batch: zigzag, until all attention to a batch was sparse.
         cached: What the caches of a generation hold; None outside of one.
     """
 
-    def __init__(self, wire: Wire, config: RingConfig, watch: Watch) -> None:
+    def __init__(self, wire: Wire, config: RingConfig, watch: Watch | None = None) -> None:
         self.wire, self.config, self.watch = wire, config, watch
         self.layout: SequenceLayout | None = None
+        self.kind: Kind = "zigzag" if config.layout == "auto" else config.layout
+        self._was_dense: set[bool] = set()  # the attention to the last batch
         self.cached: CachedSequence | None = None
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,15 +71,17 @@ class SequenceParallel:
         rows, length = _shape(batch)
         entries = dict(batch)
         _check(entries, rows, length)
+        self._choose_kind()
         positions = entries.get("position_ids")
         layout = SequenceLayout.of(
             (rows, length),
             self.wire.ranks,
-            kind="contiguous" if self.config.layout == "contiguous" else "zigzag",
+            kind=self.kind,
             attention_mask=entries.get("attention_mask"),
             position_ids=None if positions is None else positions.expand(rows, length),
         )
-        self.watch.agree(_facts(entries, layout, self.config))
+        if self.watch is not None:
+            self.watch.agree(_facts(entries, layout, self.config))
         if positions is None:
             device = next(x for x in entries.values() if isinstance(x, Tensor)).device
             positions = torch.arange(length, device=device)
@@ -89,6 +101,21 @@ class SequenceParallel:
             shards["attention_mask"] = (columns >= 0).long().to(shards["position_ids"].device)
         self.layout = layout
         return shards
+
+    def observe(self, *, is_dense: bool) -> None:
+        """Take note of how a layer attends to the batch that was sharded last."""
+        self._was_dense.add(is_dense)
+
+    def _choose_kind(self) -> None:
+        """Suit the layout to the layers: balance dense causal ones, else keep neighbours together."""
+        if not self._was_dense:
+            return
+        suits: Kind = "zigzag" if True in self._was_dense else "contiguous"
+        self._was_dense.clear()
+        if self.config.layout == "auto":
+            self.kind = suits
+        elif self.config.layout != suits and self.wire.ranks > 1:
+            warnings.warn(MISFIT[suits], stacklevel=3)
 
     def unshard(self, shard: Tensor, empty: float = 0) -> Tensor:
         """Bring slices (B, n, …) of all ranks together as (B, N, …), on every rank; without gradients."""
@@ -133,6 +160,8 @@ def sequence_parallel(
 ) -> Iterator[SequenceParallel]:
     """Spread the sequences of every batch over a group of processes, each of which runs the same program.
 
+    A program that was started alone, without a process group, runs as a group of one.
+
     Models with ``attn_implementation`` ``"ring"``, ``"ring_dilated"`` or ``"ring_block_sparse"`` then attend across the
     group; everything else in them works token by token.
 
@@ -141,6 +170,7 @@ def sequence_parallel(
         config: Layout, transport and the time after which a silent rank counts as lost.
 
     Raises:
+        ValueError: If several processes were started, but there is no process group.
         RankLostError: If a rank fails, is killed, falls silent, or does not come within the timeout of the process
             group; on every other rank, naming it and the step.
 
@@ -149,22 +179,31 @@ def sequence_parallel(
         ...     shard = sp.shard(batch)
         ...     loss = sp.loss(model(**shard).logits, shard["shift_labels"])
     """
+    config = config or RingConfig()
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1 and mesh_or_group is None:
+        with _open(SequenceParallel(Wire.alone(), config)) as session:
+            yield session
+        return
     if not dist.is_initialized():
-        raise ValueError("sequence_parallel: call torch.distributed.init_process_group first, or run with torchrun")
+        raise ValueError("sequence_parallel: call torch.distributed.init_process_group first")
     if isinstance(mesh_or_group, DeviceMesh):
         if mesh_or_group.ndim != 1:
             raise ValueError(f"mesh_or_group: expected one dimension, got {mesh_or_group.mesh_dim_names}; pick one")
         mesh_or_group = mesh_or_group.get_group()
-    config = config or RingConfig()
     group = mesh_or_group or dist.distributed_c10d._get_default_group()
     with Watch(Wire.of(group), config.timeout_seconds) as watch:
         wire = Wire(group, watch.wire.rank, watch.wire.ranks, watch.finish)
-        session = SequenceParallel(wire, config, watch)
-        _active.append(session)
-        try:
+        with _open(SequenceParallel(wire, config, watch)) as session:
             yield session
-        finally:
-            _active.remove(session)
+
+
+@contextmanager
+def _open(session: SequenceParallel) -> Iterator[SequenceParallel]:
+    _active.append(session)
+    try:
+        yield session
+    finally:
+        _active.remove(session)
 
 
 def _shape(batch: Mapping[str, Any]) -> tuple[int, int]:
@@ -195,6 +234,7 @@ def _facts(entries: Mapping[str, Any], layout: SequenceLayout, config: RingConfi
         "version": str(VERSION),
         "config": str(config.to_dict()),
         "entries": ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items()),
+        "layout": layout.kind,
         "documents": _hash(layout.column, layout.position),
         **{f"the content of {name}": _content(x) for name, x in tensors.items()},
     }

@@ -82,6 +82,17 @@ def own_plan(problem: Problem, rank: int) -> Plan:
     return _plan(problem, between(levels_of(problem), shard, shard), problem.tokens, goes_on=False)
 
 
+@lru_cache(maxsize=KEPT)
+def chunk_plan(problem: Problem, size: int, queries: int, keys: int) -> Plan:
+    """Some queries and some keys of one process: of its chunks of ``size`` tokens those with these numbers."""
+    shard = problem.layout.shards[0]
+    own, other = (shard.within(number * size, size) for number in (queries, keys))
+    tokens, seen = (min(size, problem.tokens - number * size) for number in (queries, keys))
+    levels = between(levels_of(problem), own, other)
+    frame = Frame(1, tokens, seen, recurs=problem.tokens % size == 0)
+    return plan_levels(levels, frame, problem.heads // problem.kv_heads, problem.packs, goes_on=queries != keys)
+
+
 @lru_cache(maxsize=8 * KEPT)
 def pair_plan(problem: Problem, rank: int, other: int) -> Plan:
     """A rank's queries and the keys of another rank."""

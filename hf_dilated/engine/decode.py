@@ -46,7 +46,27 @@ def decode(
     if isinstance(pattern, BlockSparsePattern) and pattern.chosen_blocks:
         chosen, is_chosen = chosen_positions(pattern, position, query, _in_order(key, key_positions, slot_of))
         seen, is_seen = torch.cat([seen, chosen], 2), torch.cat([is_seen, is_chosen], 2)
-    slot = slot_of(seen.clamp(0, M - 1))
+    output, lse = attend_slots(query, key, value, slot_of(seen.clamp(0, M - 1)), is_seen, scale)
+    return output.to(query.dtype), lse
+
+
+def attend_slots(
+    query: Tensor, key: Tensor, value: Tensor, slot: Tensor, is_seen: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend to chosen slots of a cache, and read no others.
+
+    Args:
+        query: (B, H, 1, D).
+        key: (B, G, M, D).
+        value: (B, G, M, Dv).
+        slot: (B, H or 1, K) slots; one that is listed several times counts as often.
+        is_seen: (B, H or 1, K), False where an entry of ``slot`` means nothing.
+        scale: Factor of the scores.
+
+    Returns:
+        Output (B, H, 1, Dv) and LSE (B, H, 1), both in float32 (float64 for float64).
+    """
+    (B, H), G = query.shape[:2], key.shape[1]
     kv_head = torch.arange(H, device=query.device)[:, None] // (H // G)
     row = torch.arange(B, device=query.device)[:, None, None]
     k, v = key[row, kv_head, slot], value[row, kv_head, slot]  # (B, H, K, D)
@@ -55,7 +75,7 @@ def decode(
     lse = scores.logsumexp(-1, keepdim=True)
     weights = torch.where(is_seen, (scores - lse).exp(), 0)
     v = torch.where(is_seen.unsqueeze(-1), v.to(wide(v.dtype)), 0)
-    return (weights.unsqueeze(2) @ v).to(query.dtype), lse
+    return weights.unsqueeze(2) @ v, lse
 
 
 def _in_order(key: Tensor, key_positions: Tensor | None, slot_of: Callable[[Tensor], Tensor]) -> Tensor:

@@ -101,7 +101,8 @@ def ring_generate(
 @contextmanager
 def _sharded(model: PreTrainedModel, session: SequenceParallel) -> Iterator[None]:
     """Let ``model`` read its shard of a prompt, and then one token after the other on all ranks."""
-    original = model.forward
+    original, backend = model.forward, model.config.get_text_config()._attn_implementation
+    session.kind = "zigzag" if ring_settings(backend, session.config).layout == "zigzag" else "contiguous"
 
     @functools.wraps(original)
     def forward(input_ids: Tensor, **options: Any) -> Any:

@@ -40,6 +40,19 @@ class Shard:
         order = np.argsort(begin, kind="stable")
         return cls(begin[order], np.concatenate([shard.count for shard in shards])[order], local[order])
 
+    def within(self, first: int, count: int) -> "Shard":
+        """Keep what lies at ``first … first + count``, counted from there.
+
+        Example:
+            >>> Shard(np.array([2]), np.array([9]), np.array([0])).within(4, 3).tokens.tolist()
+            [6, 7, 8]
+        """
+        begin = np.clip(self.local, first, first + count)
+        end = np.clip(self.local + self.count, first, first + count)
+        kept = np.flatnonzero(end > begin)
+        begin, end = begin[kept], end[kept]
+        return Shard(self.begin[kept] + begin - self.local[kept], end - begin, begin - first)
+
     @property
     def tokens(self) -> Integers:
         """(T,) the tokens, run by run."""

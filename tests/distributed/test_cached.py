@@ -10,6 +10,7 @@ from hf_dilated import DilatedConfig, dilated_attention
 from hf_dilated.distributed.cached import CachedSequence
 from hf_dilated.distributed.communication import Arrival, Wire
 from hf_dilated.patterns import DilatedPattern
+from tests.distributed.test_chunks import Allocated
 
 CONFIG = DilatedConfig(segment_lengths=(8,), dilation_rates=(4,), overlap="count")  # three heads of four see nothing
 
@@ -43,7 +44,7 @@ def decoded(length: int, sink_logits: Tensor | None, tensors: tuple[Tensor, ...]
 
 def _empty(query: Tensor, value: Tensor) -> Tensor:
     """What a rank without a key that is seen sends."""
-    part = torch.zeros(*query.shape[:2], value.shape[3] + 1, dtype=query.dtype)
+    part = torch.zeros(*query.shape[:3], value.shape[3] + 1, dtype=query.dtype)
     part[..., -1] = -torch.inf
     return part
 
@@ -59,3 +60,21 @@ def test_a_query_that_sees_nothing_gets_zero(length: int, has_sink: bool) -> Non
     if has_sink:
         expected = expected * lse.sigmoid()[..., None]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+def test_only_keys_that_the_pattern_sees_are_read() -> None:
+    torch.manual_seed(0)
+    length = 2048
+    query, key, value = (torch.randn(1, 4, n, 8, dtype=torch.float64) for n in (1, length, length))
+    pattern = DilatedPattern(config=DilatedConfig(segment_lengths=(8, 32), dilation_rates=(1, 4)), layer=0)
+    seen, is_seen = pattern.visible(torch.tensor([length - 1]), length, 4, 4)
+    counts = torch.zeros(1, 4, length, dtype=torch.long).scatter_add_(2, seen.clamp(min=0), is_seen.long())
+    for x in (key, value):
+        x.masked_fill_(counts[..., None] == 0, torch.nan)
+    expected = dilated_attention(query, key.nan_to_num(), value.nan_to_num(), pattern.config, scale=0.5)
+    cached = CachedSequence(Wire.alone(), torch.arange(length)[None], torch.tensor([length]))
+    cached.slots()
+    with Allocated(query, key, value) as allocated:
+        found = cached.attend(query, key, value, pattern, 0.5, None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    assert allocated.peak < key.nbytes / 2, "no key was read beside those"

@@ -124,6 +124,31 @@ def windowed(q: Any, k: Any, v: Any, window: int | None, is_causal: bool, option
     return weights @ v, lse
 
 
+def shards_of(case: Case, layout: SequenceLayout, rank: int) -> list[torch.Tensor]:
+    """A rank's inputs, spoiled where there is no token, and the gradient of its output."""
+    inputs = [layout.shard(x.transpose(1, 2), rank, float("nan")).transpose(1, 2) for x in case.inputs]
+    return [*inputs, layout.shard(case.grad.transpose(1, 2), rank).transpose(1, 2)]
+
+
+def differences(
+    case: Case, layout: SequenceLayout, rank: int, found: list[torch.Tensor], expected: list[torch.Tensor]
+) -> list[str]:
+    """Hold a rank's output, LSE and gradients against those of the whole batch."""
+    wrong, real = [], layout.columns(rank) >= 0
+    for name, got, want in zip(("output", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+        want = want.unsqueeze(-1) if name == "lse" else want
+        want = layout.shard(want.transpose(1, 2), rank, -torch.inf if name == "lse" else 0.0).transpose(1, 2)
+        if name == "lse":
+            want = torch.where(real[:, None, :, None], want, -torch.inf)
+            got, want = got.unsqueeze(-1).clamp(min=-1e9), want.clamp(min=-1e9)
+        off = ((got - want).abs().max() / want.abs().max().clamp(min=1)).item() if got.numel() else 0.0
+        if not off <= TOLERANCE:
+            wrong.append(
+                f"{case}: {name} is off by {off:.1e} on rank {rank}; {case.pattern} {case.kind} {case.options}"
+            )
+    return wrong
+
+
 def check_cases(rank: int, ranks: int, seeds: list[int]) -> list[str]:
     """Hold every case against the oracle; return what differs."""
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -136,33 +161,18 @@ def check_cases(rank: int, ranks: int, seeds: list[int]) -> list[str]:
         if transport == "heads" and case.kv_heads % ranks:
             transport = "exchange"
         layout = SequenceLayout.of((case.rows, case.length), ranks, kind=case.kind, **case.options)
-        spoiled = float("nan")
-        inputs = [layout.shard(x.transpose(1, 2), rank, spoiled).transpose(1, 2) for x in case.inputs]
+        *inputs, grad = shards_of(case, layout, rank)
         if transport == "heads":
             inputs = [x.nan_to_num(7.0) for x in inputs]
         inputs = [x.requires_grad_() for x in inputs]
-        grad = layout.shard(case.grad.transpose(1, 2), rank).transpose(1, 2)
         output, lse = ring_attention(
             *inputs, layout, group=dist.group.WORLD, pattern=case.pattern, is_causal=case.is_causal,
             config=RingConfig(transport=transport), return_lse=True, memory=POOLED if number % 2 else "",
         )  # fmt: skip
-        found = [output.detach(), lse.unsqueeze(-1), *torch.autograd.grad(output, inputs, grad)]
-        expected = [case.expected()] if number % ranks == rank else [None]
+        found = [output.detach(), lse, *torch.autograd.grad(output, inputs, grad)]
+        expected: list[Any] = [case.expected()] if number % ranks == rank else [None]
         dist.broadcast_object_list(expected, src=number % ranks)
-        expected = expected[0]
-        real = layout.columns(rank) >= 0
-        for name, got, want in zip(("output", "lse", "dq", "dk", "dv"), found, expected, strict=True):
-            want = want.unsqueeze(-1) if name == "lse" else want
-            want = layout.shard(want.transpose(1, 2), rank, -torch.inf if name == "lse" else 0.0).transpose(1, 2)
-            if name == "lse":
-                want = torch.where(real[:, None, :, None], want, -torch.inf)
-                got, want = got.clamp(min=-1e9), want.clamp(min=-1e9)
-            off = ((got - want).abs().max() / want.abs().max().clamp(min=1)).item() if got.numel() else 0.0
-            if not off <= TOLERANCE:
-                wrong.append(
-                    f"{transport} {case}: {name} is off by {off:.1e} on rank {rank}; {vars(case)['pattern']}"
-                    f" {case.kind} {case.options}"
-                )
+        wrong += [f"{transport} {line}" for line in differences(case, layout, rank, found, expected[0])]
     return wrong
 
 

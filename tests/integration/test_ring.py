@@ -1,5 +1,6 @@
 """Whole models over several ranks: the loss, gradients and tokens of one process."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hf_dilated import (
     ring_generate,
     sequence_parallel,
 )
+from hf_dilated.distributed import SequenceParallel
 from hf_dilated.distributed import layout as layouts
 from tests.distributed.processes import run_on_ranks
 from tests.tiny_models import tiny_model, tokens
@@ -57,6 +59,14 @@ def whole_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return loss, gradients(model, loss)
 
 
+def sharded_loss(model: Any, sp: SequenceParallel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss of the whole batch, and this rank's share of the gradients."""
+    shard = sp.shard(batch)
+    labels = shard.pop("shift_labels")
+    loss = sp.loss(model(**shard).logits, labels)
+    return loss, gradients(model, loss)
+
+
 def gradients(model: Any, loss: Tensor) -> Tensor:
     model.zero_grad()
     loss.backward()
@@ -69,13 +79,17 @@ def check_models(rank: int, models: list[tuple[str, str]]) -> list[str]:
     for family, backend in models:
         layouts.SHORTEST_PIECE = 2 if family == "llama" else 128
         model = model_of(family, backend)
-        for kind, batch in batches().items():
-            expected, expected_gradients = whole_loss(model, batch)
-            with sequence_parallel(config=RingConfig(layout="zigzag" if backend == "ring" else "contiguous")) as sp:
-                shard = sp.shard(batch)
-                logits = model(**{name: x for name, x in shard.items() if name != "shift_labels"}).logits
-                loss = sp.loss(logits, shard["shift_labels"])
-                found = gradients(model, loss)
+        expected_of = {kind: whole_loss(model, batch) for kind, batch in batches().items()}
+        found_of, layouts_of = {}, []
+        with sequence_parallel() as sp:
+            for kind, batch in batches().items():
+                found_of[kind] = sharded_loss(model, sp, batch)
+                layouts_of.append(sp.layout.kind)
+        suits = "zigzag" if backend == "ring" else "contiguous"
+        if layouts_of != ["zigzag", suits, suits]:  # the first batch shows how layers attend
+            wrong.append(f"{family} {backend}: layouts are {layouts_of}")
+        for kind, (loss, found) in found_of.items():
+            expected, expected_gradients = expected_of[kind]
             dist.all_reduce(found)
             found /= dist.get_world_size()
             name = f"{family} {backend} {kind}"
@@ -160,7 +174,41 @@ def check_refusals(rank: int) -> list[str]:
     return wrong
 
 
+def check_misfits(rank: int) -> list[str]:
+    """A layout that was asked for, but does not suit the layers, is told."""
+    wrong = []
+    for backend, layout, words in (
+        ("ring", "contiguous", "layers attend densely"),
+        ("ring_dilated", "zigzag", "follow"),
+    ):
+        model, batch = model_of("llama", backend), batches()["plain"]
+        with sequence_parallel(config=RingConfig(layout=layout)) as sp, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                sharded_loss(model, sp, batch)
+        if [words in str(warning.message) for warning in told if "layout=" in str(warning.message)] != [True]:
+            wrong.append(f"{backend}: {[str(warning.message) for warning in told]}")
+    return wrong
+
+
+@pytest.mark.parametrize("backend", PATTERNS)
+def test_a_process_alone_runs_the_same_program(backend: str) -> None:
+    model = model_of("llama", backend)
+    for batch in batches().values():
+        expected, expected_gradients = whole_loss(model, batch)
+        with sequence_parallel(config=RingConfig(chunk_tokens=70)) as sp:
+            loss, found = sharded_loss(model, sp, batch)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(found, expected_gradients, rtol=0, atol=1e-7)
+
+
+def test_processes_without_a_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="init_process_group"), sequence_parallel():
+        pass
+
+
 @pytest.mark.timeout(100)
-@pytest.mark.parametrize("check", [check_documents, check_refusals])
+@pytest.mark.parametrize("check", [check_documents, check_refusals, check_misfits])
 def test_on_two_ranks(check: Any) -> None:
     assert run_on_ranks(2, check) == [[], []]
