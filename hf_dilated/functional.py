@@ -45,7 +45,7 @@ def dilated_attention(
         position_ids: (B, N) or (B, M) integers. A document starts at a real token whose entry is not its
             predecessor's plus one; the values mean nothing else.
         key_positions: (B, M) integers, each slot's index within its document, -1 for padding, -2 for slots
-            not written yet. Replaces ``attention_mask`` and ``position_ids``.
+            not written yet, the last ones of their row. Replaces ``attention_mask`` and ``position_ids``.
         layer: Ordinal among the layers that run the pattern; ``phase`` and ``rotate`` depend on it.
         return_lse: Also return the log-sum-exp, which is not differentiable.
         memory: Where large tensors come from: the ``spec`` of a :class:`hf_dilated.MemoryPolicy`; by default torch.

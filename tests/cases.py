@@ -146,9 +146,12 @@ def cases(
     slots = keys
     if layout == "static cache":
         slots += draw(st.integers(1, 5))
-        written = reference.positions(rows, queries, keys, None, None)
-        options["key_positions"] = torch.cat([written, torch.full((rows, slots - keys), -2)], dim=1)
+        slot = torch.arange(slots).expand(rows, -1)
+        written = slot < torch.tensor([[draw(st.integers(queries, slots))] for _ in range(rows)])
+        options["key_positions"] = torch.where(written, slot, -2)
     query = _tensor(draw, rows, kv_heads * repeats, queries, head_size)
     key, value = (_tensor(draw, rows, kv_heads, slots, head_size) for _ in range(2))
-    key[:, :, keys:] = value[:, :, keys:] = 1e6  # nobody may look at slots that are not written
+    if layout == "static cache":
+        for x in (key, value):
+            x.masked_fill_(~written[:, None, :, None], 1e6)  # nobody may look at slots that are not written
     return Case(chosen, query, key, value, options)

@@ -48,7 +48,7 @@ def test_shapes_that_do_not_fit(changes, message):
         ({"key_positions": torch.zeros(1, 10, dtype=torch.long)}, ValueError, "key_positions: expected (2, 10)"),
         ({"key_positions": torch.zeros(2, 10)}, TypeError, "key_positions: expected integers"),
         ({"key_positions": torch.full((2, 10), -2)}, ValueError, "6 queries, but only 0 slots are written"),
-        ({"key_positions": torch.tensor([[*range(9), -2], [*range(10)]])}, ValueError, "equally many a row"),
+        ({"key_positions": torch.tensor([[0, -2, *range(1, 9)], [*range(10)]])}, ValueError, "last ones of their row"),
         ({"key_positions": torch.arange(1, 11).repeat(2, 1)}, ValueError, "must count 0, 1, 2"),
         (
             {"key_positions": torch.arange(10).repeat(2, 1), "attention_mask": torch.ones(2, 10, dtype=torch.bool)},

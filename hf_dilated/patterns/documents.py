@@ -75,11 +75,11 @@ def layout_from_positions(positions: Integers, queries: int) -> Layout:
 
     Args:
         positions: (B, M) index of each slot's token within its document; -1 padding, -2 not written.
-        queries: N; the queries are the last N written slots.
+        queries: N; the queries are the last N written slots of their row.
 
     Raises:
-        ValueError: If rows have different numbers of written slots, fewer than N slots are written, or the
-            positions of a document do not count up from 0.
+        ValueError: If slots that are not written lie between written ones, fewer than N slots of a row are written, or
+            the positions of a document do not count up from 0.
     """
     rows, keys = positions.shape
     written = _written_slots(positions, queries)
@@ -88,7 +88,7 @@ def layout_from_positions(positions: Integers, queries: int) -> Layout:
     first = np.flatnonzero(position == 0)
     _check_counting(position, row, first)
     length = np.diff(np.append(first, len(position)))
-    query_slot = slot - (written - queries)
+    query_slot = slot - (written[row] - queries)
     is_query = query_slot >= 0
     earlier = np.add.reduceat(~is_query, first) if len(first) else first
     together = np.flatnonzero(np.diff(slot) != 1) + 1
@@ -111,14 +111,14 @@ def layout_from_positions(positions: Integers, queries: int) -> Layout:
     return Layout(documents, *index) if index else Layout(documents)
 
 
-def _written_slots(positions: Integers, queries: int) -> int:
-    rows, keys = positions.shape
-    counts = (positions != -2).sum(1)
-    written = int(counts[0]) if rows else keys
-    if (counts != written).any() or (positions[:, written:] != -2).any():
-        raise ValueError("key_positions: the slots that are not written (-2) must be the last ones, equally many a row")
-    if written < queries:
-        raise ValueError(f"key_positions: {queries} queries, but only {written} slots are written")
+def _written_slots(positions: Integers, queries: int) -> Integers:
+    """How many slots of each row are written."""
+    is_written = positions != -2
+    written = is_written.sum(1)
+    if (is_written != (np.arange(positions.shape[1]) < written[:, None])).any():
+        raise ValueError("key_positions: the slots that are not written (-2) must be the last ones of their row")
+    if (written < queries).any():
+        raise ValueError(f"key_positions: {queries} queries, but only {written.min()} slots are written")
     return written
 
 
