@@ -29,6 +29,7 @@ from benchmarking.soak import soak as run_soak
 from benchmarking.variants import CONTROL, Choice, variants
 
 from hf_dilated.config import Offset, Overlap
+from hf_dilated.timing import parse_lengths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 
@@ -224,23 +225,6 @@ def ring(
     ]
     path = output / f"{name or f'ring-{device}-{pattern}-{documents}'.replace(':', '-')}.jsonl"
     run_ring(cases, transports.split(","), ["forward", "forward+backward"] if backward else ["forward"], rounds, path)
-
-
-def parse_lengths(text: str) -> list[int]:
-    """Read lengths such as ``"2k,1M"``.
-
-    Raises:
-        ValueError: If one is not a number of tokens.
-
-    Example:
-        >>> parse_lengths("500,2k,1M")
-        [500, 2048, 1048576]
-    """
-    units = {"": 1, "k": 1 << 10, "m": 1 << 20}
-    parts = [re.fullmatch(r"\s*(\d+)([kKmM]?)\s*", part) for part in text.split(",")]
-    if not all(parts):
-        raise ValueError(f"lengths: expected tokens such as 500,2k,1M, got {text!r}")
-    return sorted({int(part[1]) * units[part[2].lower()] for part in parts if part})
 
 
 def _cases(

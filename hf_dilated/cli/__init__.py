@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 import hf_dilated
+from hf_dilated.cli.bench import bench
 from hf_dilated.cli.card import card
 from hf_dilated.cli.console import console
 from hf_dilated.cli.evaluate import evaluate
@@ -34,4 +35,5 @@ app.command()(unpatch)
 app.command()(profile)
 app.command()(evaluate)
 app.command("lm-eval")(lm_eval)
+app.command()(bench)
 app.command()(card)

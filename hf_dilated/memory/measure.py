@@ -1,12 +1,12 @@
 """Comparing ways to do one thing: interleaved in random order, with a control, ratios of medians with intervals."""
 
-import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from hf_dilated.timing import interleave
 
 CONTROL = "again"
 
@@ -35,15 +35,9 @@ def compare(
     """
     baseline = next(iter(calls))
     everything = {baseline: calls[baseline], CONTROL: calls[baseline], **calls}
-    shuffle = random.Random(seed)
-    seconds: dict[str, list[float]] = {name: [] for name in everything}
     for call in everything.values():
         call()
-    for _ in range(rounds):
-        for name in shuffle.sample(list(everything), len(everything)):
-            begin = time.perf_counter()
-            everything[name]()
-            seconds[name].append(time.perf_counter() - begin)
+    seconds = interleave(everything, dict.fromkeys(everything, 1), "cpu", rounds=rounds, seed=seed)
     others = [name for name in everything if name != baseline]
     return seconds, {name: Comparison(*ratio(seconds[baseline], seconds[name])) for name in others}
 

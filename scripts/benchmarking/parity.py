@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from benchmarking.cases import Case
-from benchmarking.timing import release
 from benchmarking.variants import Pattern, Variant
 from hf_dilated import BlockSparseConfig, DilatedConfig, reference
+from hf_dilated.timing import release
 
 LENGTH = 2048
 # Of the worst row, where dense cuDNN itself is off by 5.4e-2 in bfloat16.

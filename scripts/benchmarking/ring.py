@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarking.cases import DTYPES, branches_for
-from benchmarking.timing import Call, release, repeats_for, time_call
 from hf_dilated import DilatedConfig, RingConfig, SequenceLayout, reference, ring_attention
 from hf_dilated.functional import attend
 from hf_dilated.patterns import DensePattern, DilatedPattern, Pattern
+from hf_dilated.timing import Call, release, repeats_for, time_call
 
 PACKED = (3104, 3200, 1600, 160, 128)  # documents of 8192 tokens, scaled to the length
 CHECKED = 1024  # tokens, against the oracle

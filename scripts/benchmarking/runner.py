@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarking import timing
 from benchmarking.cases import Case
 from benchmarking.parity import first_line
 from benchmarking.report import Row, write_row
-from benchmarking.timing import Call
 from benchmarking.variants import Attention, Choice, Variant, variants, with_control
+from hf_dilated import timing
+from hf_dilated.timing import Call
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from benchmarking import parity, timing, variants
+from benchmarking import parity, variants
 from benchmarking.cases import Case, branches_for
 from benchmarking.variants import Choice, Variant
 from torch import Tensor
@@ -136,32 +136,3 @@ def test_small_case_keeps_the_form() -> None:
         assert [rate for _, rate in small.branches] == [rate for _, rate in branches]
         assert small.branches[0][0] < small.length
         small.config("once")
-
-
-def test_interleaving_is_complete_and_repeatable() -> None:
-    def orders() -> list[str]:
-        seen: list[str] = []
-        calls = {name: (lambda name=name: seen.append(name)) for name in "abcd"}
-        seconds = timing.interleave(calls, dict.fromkeys("abcd", 1), "cpu", rounds=6)
-        assert [len(x) for x in seconds.values()] == [6] * 4
-        return seen
-
-    first = orders()
-    assert first == orders()
-    rounds = [first[i : i + 4] for i in range(0, 24, 4)]
-    assert all(sorted(x) == list("abcd") for x in rounds)
-    assert len(set(map(tuple, rounds))) > 1
-
-
-def test_peak_memory_on_the_cpu() -> None:
-    extra = timing.peak_memory_cpu(prepare_allocation, 64)
-    assert extra is not None
-    assert 60 << 20 < extra < 80 << 20
-
-
-def prepare_allocation(mebibytes: int) -> object:
-    def call() -> Tensor:
-        torch.ones(mebibytes << 18)
-        return torch.ones(1 << 20)
-
-    return call

@@ -4,6 +4,7 @@ import gc
 import math
 import multiprocessing
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,23 @@ Call = Callable[[], Any]
 
 SHORTEST_SAMPLE = {"cpu": 5e-3, "cuda": 2e-2}  # seconds; shorter calls are repeated within a sample
 SETTLING = {"cpu": 0.0, "cuda": 3e-2}  # seconds of untimed calls before a sample: a GPU's clock follows its load
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Read lengths such as ``"2k,1M"``.
+
+    Raises:
+        ValueError: If one is not a number of tokens.
+
+    Example:
+        >>> parse_lengths("500,2k,1M")
+        [500, 2048, 1048576]
+    """
+    units = {"": 1, "k": 1 << 10, "m": 1 << 20}
+    parts = [re.fullmatch(r"\s*(\d+)([kKmM]?)\s*", part) for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"lengths: expected tokens such as 500,2k,1M, got {text!r}")
+    return sorted({int(part[1]) * units[part[2].lower()] for part in parts if part})
 
 
 def time_call(call: Call, repeats: int, device: str) -> float:
