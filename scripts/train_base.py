@@ -1,9 +1,12 @@
 """Train the small decoder that the quickstart reads with, at 2,048 tokens, on Python's standard library.
 
+A part of what it reads are lessons: documents that state facts and ask for them, so that it learns early to look
+things up; a fine-tuning at long contexts then only has to stretch that.
+
     python scripts/train_base.py --output model_cards/pystdlib-4m
     python scripts/train_base.py --output model_cards/pystdlib-4m --only-card --report outputs/quickstart/report.md
 
-It takes about three minutes on one H100 and writes the model, its tokenizer, the log and the card. A file
+It takes a few minutes on one H100 and writes the model, its tokenizer, the log and the card. A file
 of the library is held out when a hash of its relative path says so: the same files in every release.
 """
 
@@ -14,8 +17,9 @@ import platform
 import random
 import sysconfig
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,24 +31,31 @@ from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from training.library import haystack
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_dilated.tasks import Haystack, lesson
+from hf_dilated.training.packing import PackedRows
 
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 NOT_READ = {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # other projects; generated tables
 HELD_OUT_SHARE = 10
 DOCUMENT = "<|document|>"
 IGNORED = -100
+TOLD = ("steps", "length", "learning_rate", "lesson_share", "layers", "hidden", "seed")  # settings in the summary
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that decides the result, apart from the text."""
 
-    steps: int = 1200
+    steps: int = 1500
     rows: int = 64
     length: int = 2048
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
+    lesson_share: float = 0.2
     vocabulary: int = 3072
     hidden: int = 256
     layers: int = 5
@@ -79,9 +90,14 @@ def is_held_out(relative_path: str) -> bool:
 
 
 def train_tokenizer(texts: Iterable[str], settings: Settings) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer that begins every text with one document token."""
+    """Return a byte-level BPE tokenizer that begins every text with one document token.
+
+    A digit is a token: a number is spelled the same wherever it stands, so it can be copied.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocabulary,
@@ -116,16 +132,23 @@ def pack(documents: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
     return tokens, positions.minimum(torch.arange(length, device=tokens.device))
 
 
-def batches(documents: list[Tensor], settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield packed batches without end; each epoch shuffles the documents, which also moves the cuts."""
-    shuffler = random.Random(settings.seed)
-    while True:
-        documents = shuffler.sample(documents, len(documents))
-        tokens, positions = pack(documents, settings.length)
-        order = torch.tensor(shuffler.sample(range(len(tokens)), len(tokens)), device=tokens.device)
-        for chosen in order.split(settings.rows):
-            if len(chosen) == min(settings.rows, len(tokens)):
-                yield tokens[chosen], positions[chosen]
+def packed_rows(documents: list[Tensor], between: Haystack, settings: Settings) -> PackedRows:
+    """Return the rows of the whole training; each epoch shuffles the documents, which also moves the cuts."""
+    tokens = [document.tolist() for document in documents]
+    return PackedRows(
+        lambda epoch: random.Random(f"{settings.seed} {epoch}").sample(tokens, len(tokens)),
+        length=settings.length,
+        rows=settings.steps * settings.rows,
+        lesson=partial(lesson, between),
+        lesson_share=settings.lesson_share,
+        seed=settings.seed,
+    )
+
+
+def in_batches(rows: PackedRows, settings: Settings, device: str) -> DataLoader:
+    """Return batches for ``device``; for a GPU another process makes them while it computes."""
+    on_gpu = device != "cpu"
+    return DataLoader(rows, batch_size=settings.rows, num_workers=int(on_gpu), pin_memory=on_gpu)
 
 
 def sample_rows(documents: list[Tensor], settings: Settings) -> tuple[Tensor, Tensor]:
@@ -191,7 +214,7 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 def train(
-    model: LlamaForCausalLM, documents: list[Tensor], held_out: tuple[Tensor, Tensor], settings: Settings, log: Path
+    model: LlamaForCausalLM, batches: DataLoader, held_out: tuple[Tensor, Tensor], settings: Settings, log: Path
 ) -> None:
     """Train ``model`` in place and write one JSON line to ``log`` every fiftieth of the steps."""
     optimizer = make_optimizer(model, settings)
@@ -199,16 +222,19 @@ def train(
     losses: list[Tensor] = []
     tokens_since, since = 0, time.perf_counter()
     with log.open("w") as lines:
-        for step, batch in zip(range(settings.steps), batches(documents, settings), strict=False):
+        for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
-            loss = token_losses(model, *batch).sum() / (batch[1][:, 1:] != 0).sum()
+            tokens, positions = (
+                batch[name].to(model.device, non_blocking=True) for name in ("input_ids", "position_ids")
+            )
+            loss = token_losses(model, tokens, positions).sum() / (positions[:, 1:] != 0).sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
-            tokens_since += batch[0].numel()
+            tokens_since += tokens.numel()
             if (step + 1) % report_every == 0 or step + 1 == settings.steps:
                 mean = torch.stack(losses).mean().item()  # waits for the device
                 speed = tokens_since / (time.perf_counter() - since)
@@ -312,8 +338,7 @@ def run(texts: dict[str, str], output: Path, settings: Settings, *, device: str,
     held_out = {path: text for path, text in texts.items() if is_held_out(path)}
     tokenizer = train_tokenizer(training.values(), settings)
     tokenizer.save_pretrained(output)
-    documents = [document.to(device) for document in encode(tokenizer, training.values())]
-    held_out_documents = encode(tokenizer, held_out.values())
+    documents, held_out_documents = (encode(tokenizer, part.values()) for part in (training, held_out))
     held_out_rows = sample_rows([document.to(device) for document in held_out_documents], settings)
     training_tokens, held_out_tokens = (sum(map(len, part)) for part in (documents, held_out_documents))
     model = build_model(settings).to(device)
@@ -322,7 +347,8 @@ def run(texts: dict[str, str], output: Path, settings: Settings, *, device: str,
         f"tokenizer and data took {time.perf_counter() - started:.0f} s"
     )
     log = output / "training.jsonl"
-    train(model, documents, held_out_rows, settings, log)
+    rows = packed_rows(documents, haystack(tokenizer, training), settings)
+    train(model, in_batches(rows, settings, device), held_out_rows, settings, log)
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         bos_token_id=0, eos_token_id=0, do_sample=True, temperature=0.7, top_p=0.95
@@ -331,7 +357,7 @@ def run(texts: dict[str, str], output: Path, settings: Settings, *, device: str,
 
     loss, by_position = evaluate(model, *held_out_rows, settings.rows)
     held_out_bytes = sum(len(text.encode()) for text in held_out.values())
-    tokens_per_step = min(settings.rows, sum(map(len, documents)) // settings.length) * settings.length
+    tokens_per_step = settings.rows * settings.length
     summary = {
         "library": library,
         "text_sha256": hashlib.sha256("".join(f"{path}\n{text}" for path, text in texts.items()).encode()).hexdigest(),
@@ -340,11 +366,11 @@ def run(texts: dict[str, str], output: Path, settings: Settings, *, device: str,
         "held_out_files": len(held_out),
         "held_out_tokens": held_out_tokens,
         "parameters": model.num_parameters(),
-        **{name: getattr(settings, name) for name in ("steps", "length", "learning_rate", "layers", "hidden", "seed")},
+        **{name: getattr(settings, name) for name in TOLD},
         "held_out_rows": len(held_out_rows[0]),
         "vocabulary": len(tokenizer),
         "tokens_per_step": tokens_per_step,
-        "epochs": settings.steps * tokens_per_step / training_tokens,
+        "epochs": (1 - settings.lesson_share) * settings.steps * tokens_per_step / training_tokens,
         "training_loss": json.loads(log.read_text().splitlines()[-1])["loss"],
         "held_out_loss": loss,
         "held_out_perplexity": math.exp(loss),

@@ -1,5 +1,11 @@
 """Long documents from Python's standard library."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from hf_dilated.tasks import Haystack
+
+HAYSTACK_CHARACTERS = 1 << 20
 CHARACTERS_PER_TOKEN = 5  # more than any file has with the shipped tokenizer
 
 
@@ -19,3 +25,8 @@ def joined(texts: dict[str, str], characters: int) -> dict[str, str]:
         if len(text) >= characters:
             documents[name], name, text = text, "", ""
     return documents or {name: text}
+
+
+def haystack(tokenizer: Any, texts: Mapping[str, str]) -> Haystack:
+    """Return the first million characters of the texts, to hide things in."""
+    return Haystack(tokenizer, "\n".join(texts.values())[:HAYSTACK_CHARACTERS])

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from itertools import islice
 
 import pytest
 import torch
@@ -58,18 +57,37 @@ def test_packing_starts_positions_with_every_document_and_row():
     assert positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7]]
 
 
-def test_an_epoch_reads_every_row_once_and_the_next_in_another_order():
+def test_an_epoch_reads_every_document_once_and_the_next_in_another_order():
+    settings = train_base.Settings(length=8, rows=2, steps=8, lesson_share=0.0)
     documents = [torch.full((8,), i) for i in range(8)]
-    settings = train_base.Settings(length=8, rows=2)
 
     def epochs():
-        rows = torch.cat([tokens[:, 0] for tokens, _ in islice(train_base.batches(documents, settings), 8)]).tolist()
-        return rows[:8], rows[8:]
+        rows = train_base.packed_rows(documents, None, settings)
+        read = torch.cat([batch["input_ids"][:, 0] for batch in train_base.in_batches(rows, settings, "cpu")]).tolist()
+        return read[:8], read[8:]
 
     first, second = epochs()
     assert sorted(first) == sorted(second) == list(range(8))
     assert first != second
     assert epochs() == (first, second)
+
+
+def test_lessons_are_a_part_of_what_is_read(texts):
+    settings = train_base.Settings(length=512, rows=2, steps=10, vocabulary=300, lesson_share=0.4)
+    tokenizer = train_base.train_tokenizer(texts.values(), settings)
+    rows = train_base.packed_rows(
+        train_base.encode(tokenizer, texts.values()), train_base.haystack(tokenizer, texts), settings
+    )
+    read = tokenizer.batch_decode([row["input_ids"] for row in rows])
+    assert len(read) == 20
+    assert sum("is the" in row for row in read) > 5
+
+
+def test_numbers_are_spelled_alike_everywhere(texts):
+    tokenizer = train_base.train_tokenizer([*texts.values(), "12345 " * 50], TINY)
+    alone, inside = (tokenizer(text, add_special_tokens=False).input_ids for text in ("12345", "= 12345."))
+    assert len(alone) == 5
+    assert inside[-6:-1] == alone
 
 
 def test_losses_stay_inside_a_document():

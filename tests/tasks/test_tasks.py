@@ -74,17 +74,27 @@ def test_the_most_common_words(haystack: Haystack) -> None:
     assert words.most_common(COMMON)[-1][1] > 3 * words.most_common(COMMON + 1)[-1][1]
 
 
+FACT = re.compile(r"The magic number of (\w+) is (\d+)\.|The (pass key) is (\d+)\. Remember")
+QUESTION = re.compile(r"What is the (?:magic number of )?(\w+(?: key)?)\? The [\w ]+ is (\d+)\.")
+
+
 def test_lessons_can_be_known_from_what_came_before(haystack: Haystack) -> None:
-    asked = 0
+    asked: Counter[str] = Counter()
     for seed in range(20):
         tokens = lesson(haystack, 1500, Random(seed))
         assert len(tokens) == 1500
         text = decoded(haystack, tokens)
-        for question in re.finditer(r"What is the magic number of (\w+)\? The magic number of \w+ is (\d+)\.", text):
-            name, value = question.groups()
-            assert f"The magic number of {name} is {value}." in text[: question.start()]
-            asked += 1
-    assert asked > 20
+        for question in QUESTION.finditer(text):
+            told = [tuple(filter(None, fact.groups())) for fact in FACT.finditer(text[: question.start()])]
+            assert question.groups() in told
+            asked[question[1]] += 1
+    assert sum(asked.values()) > 60
+    assert asked["pass key"] > 15
+
+
+def test_lessons_have_any_length(haystack: Haystack) -> None:
+    lengths = [256, 257, 300, 2048, 5000]
+    assert [len(lesson(haystack, length, Random(length))) for length in lengths] == lengths
 
 
 def test_needles_that_do_not_fit(haystack: Haystack) -> None:
