@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hf_dilated.config.checks import ConfigError, at_least, integer, integers, known_fields, longest_input
+from hf_dilated.config.presets import BLOCK_SPARSE
 
 LARGEST_BLOCK = 128
 SHORTEST_WINDOW = 2048  # tokens
@@ -243,6 +244,8 @@ class BlockSparseConfig(BlockParts):
     ) -> "BlockSparseConfig":
         """Choose parts for a Transformers configuration: the first block, every k-th block and a local window.
 
+        All else is the preset (:data:`hf_dilated.config.presets.BLOCK_SPARSE`).
+
         Args:
             config: A ``PreTrainedConfig``; of a multimodal model the text part is read.
             max_length: Longest sequence, in tokens, if it is longer than the model was made for.
@@ -261,7 +264,10 @@ class BlockSparseConfig(BlockParts):
         """
         longest = longest_input(config, max_length)
         wanted = 0.125 if density is None else density
-        chosen = cls(global_blocks=1, stride_blocks=max(1, round(2 / wanted)) if wanted > 0 else 0)
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        options = BLOCK_SPARSE.for_layers(getattr(text_config, "num_hidden_layers", None) or 0)
+        parts: dict[str, Any] = {"global_blocks": 1, "stride_blocks": max(1, round(2 / wanted)) if wanted > 0 else 0}
+        chosen = cls(**parts | options)
         least = min(SHORTEST_WINDOW, longest) // LARGEST_BLOCK or 1
         if density is None and dataclasses.replace(chosen, local_blocks=least).causal_density(
             math.ceil(longest / LARGEST_BLOCK)

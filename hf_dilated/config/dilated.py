@@ -16,6 +16,7 @@ from hf_dilated.config.checks import (
     one_of,
     position_limit,
 )
+from hf_dilated.config.presets import DILATED
 
 Overlap = Literal["once", "count"]
 Offset = Literal["head", "kv_head", "grouped"]
@@ -151,7 +152,8 @@ class DilatedConfig:
         """Choose branches for a Transformers configuration.
 
         Segments double from ``min(2048, max_position_embeddings)`` until they reach
-        ``max(max_position_embeddings, max_length)``; rates double from 1, up to the number of heads.
+        ``max(max_position_embeddings, max_length)``; rates double from 1, up to the number of heads. All else is
+        the preset (:data:`hf_dilated.config.presets.DILATED`).
 
         Args:
             config: A ``PreTrainedConfig``; of a multimodal model the text part is read.
@@ -179,4 +181,5 @@ class DilatedConfig:
                 "denser than they could be, so the gain over dense attention is small",
                 stacklevel=2,
             )
-        return cls(segment_lengths=tuple(segments), dilation_rates=tuple(rates))
+        options = DILATED.for_layers(getattr(text_config, "num_hidden_layers", None) or 0)
+        return cls(segment_lengths=tuple(segments), dilation_rates=tuple(rates), **options)

@@ -1,10 +1,12 @@
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig, LlavaConfig, XLNetConfig
 
-from hf_dilated import ConfigError, DilatedConfig, StoredConfig
+from hf_dilated import BlockSparseConfig, ConfigError, DilatedConfig, StoredConfig
+from hf_dilated.config.presets import Preset
 from hf_dilated.config.stored import STORED_VERSION
 
 
@@ -126,3 +128,14 @@ def test_dense_length():
     assert DilatedConfig.longnet((8, 16), (1, 2)).dense_length() == 0
     assert DilatedConfig.longnet((8,), (1,)).dense_length() == 8
     assert DilatedConfig.longnet((8,), (2,)).dense_length() == 0
+
+
+@pytest.mark.parametrize(("module", "name", "config_class"), [
+    ("dilated", "DILATED", DilatedConfig), ("block_sparse", "BLOCK_SPARSE", BlockSparseConfig),
+])  # fmt: skip
+def test_a_preset_is_what_a_model_gets(monkeypatch, module, name, config_class):
+    model = LlamaConfig(max_position_embeddings=8192, num_hidden_layers=10)
+    before = config_class.from_model_config(model)
+    assert before.dense_layers == ()
+    monkeypatch.setattr(f"hf_dilated.config.{module}.{name}", Preset(dense_every=5))
+    assert config_class.from_model_config(model) == replace(before, dense_layers=(2, 7))

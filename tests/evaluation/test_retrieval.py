@@ -1,5 +1,6 @@
 """What is asked of the model, and how its answer is scored."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_dilated.evaluation.retrieval import make_samples, retrieve
+from hf_dilated.evaluation.retrieval import make_samples, recites, retrieve
 from hf_dilated.tasks import Haystack
 from tests.tiny_checkpoint import TEXT, save_tiny_checkpoint, tokenizer
 
@@ -71,3 +72,7 @@ def test_a_model_answers_greedily_from_the_whole_prompt(haystack: Haystack, tmp_
     answer = tokenizer().decode(written[-4:], skip_special_tokens=True)
     expected = type(sample)(task="own", prompt=sample.prompt, answers=(answer,), completion=sample.completion)
     assert retrieve(model, tokenizer(), expected) == 1
+    right, wrong = (replace(expected, completion=[*written[-4:-1], last]) for last in (written[-1], 0))
+    assert recites(model, tokenizer(), right)
+    assert written[-1] != 0
+    assert not recites(model, tokenizer(), wrong)
