@@ -1,38 +1,54 @@
 """Which attention keeps the quality of a long context: the same model, tokens and steps for every pattern.
 
     python scripts/ablation.py --output outputs/ablation                       # 2k -> 32k on one GPU
-    python scripts/ablation.py --output outputs/ablation --only once --only dense
-    python scripts/ablation.py --output outputs/ablation --only once --device cpu --max-length 4096 --steps 2 --rows 1
+    python scripts/ablation.py --output outputs/ablation --only dense --only dilated --minutes 9
+    python scripts/ablation.py --output outputs/small --only dense --device cpu --max-length 4096 --steps 2 --rows 1
 
 It tunes the shipped model once for each variant on the standard library's sources and on made documents that ask for
 something far away, and reads held-out sources and looks for pass keys before and after, with the variant's own
-attention and with dense attention. Every variant ends as a line of ablation.jsonl; all of them as ablation.md.
+attention and with dense attention. The same command goes on where it was stopped. Every variant has a folder; all that
+are finished make ablation.jsonl, a line each, and ablation.md.
 """
 
+import gc
 import json
 import random
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any
 
 import torch
 import typer
 from train_base import is_held_out, read_library
-from train_long_context import HAYSTACK_CHARACTERS, ModelArguments, load_model, make_rows, make_trainer
-from training.library import CHARACTERS_PER_TOKEN, joined
-from training.recipe import LESSON_SHARE, SHIPPED, curriculum, training_options
-from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
+from train_long_context import ModelArguments, load_model, make_rows, make_trainer
+from training.cost import operations, seconds_a_step
+from training.deadline import EXIT_CODE, Deadline, OutOfTime
+from training.library import CHARACTERS_PER_TOKEN, haystack, joined
+from training.recipe import (
+    LEARNING_RATE,
+    LESSON_SHARE,
+    ROWS,
+    SHIPPED,
+    STEPS,
+    curriculum,
+    training_options,
+    training_seconds,
+)
+from training.results import summary
+from training.steps import Step, save, take
+from training.variants import DENSE, Variant, variants
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from hf_dilated import BlockSparseConfig, DilatedConfig
-from hf_dilated.evaluation.report import Report, Table, short_count
-from hf_dilated.evaluation.suite import DENSE, Evaluation, evaluate
-from hf_dilated.tasks import Haystack
+from hf_dilated.evaluation.retrieval import make_samples, recites
+from hf_dilated.evaluation.suite import Evaluation, attention, evaluate
+from hf_dilated.training.checkpoints import last_complete_checkpoint
 
 DEPTHS = tuple(depth / 9 for depth in range(10))
+PARTS = ("cost", "before", "log", "after")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +61,7 @@ class Setting:
     steps: int
     rows: int
     learning_rate: float
+    lesson_share: float
     documents: int
     repeats: int
     device: str
@@ -56,192 +73,238 @@ class Setting:
         return curriculum(self.trained, self.max_length)
 
 
-def variants(setting: Setting) -> dict[str, dict[str, Any]]:
-    """Return backend and pattern of every variant; the dense one is a single segment, to read packed rows fast."""
-    config = AutoConfig.from_pretrained(setting.model)
-    config.max_position_embeddings = setting.trained
-    once = DilatedConfig.from_model_config(config, max_length=setting.max_length)
-    middle = config.num_hidden_layers // 2
-    patterns = {
-        "dense": DilatedConfig(segment_lengths=(setting.max_length,), dilation_rates=(1,)),
-        "once": once,
-        "count": replace(once, overlap="count"),
-        "sinks": replace(once, sink_tokens=4),
-        "alternate": replace(once, phase="alternate"),
-        "kv_head, rotate": replace(once, offset="kv_head", rotate=True),
-        "dense layer": replace(once, dense_layers=(middle,)),
-        "all": replace(once, sink_tokens=4, phase="alternate", dense_layers=(middle,)),
-    }
-    blocks = BlockSparseConfig.from_model_config(config, max_length=setting.max_length)
-    sparse = {"block_sparse": blocks, "block_sparse, dense layer": replace(blocks, dense_layers=(middle,))}
-    return {
-        name: {"attention": backend, "pattern": pattern.to_dict()}
-        for backend, found in (("dilated", patterns), ("block_sparse", sparse))
-        for name, pattern in found.items()
-    }
-
-
 class Sources:
     """Held-out and training files of the standard library, laid end to end into long documents."""
 
-    def __init__(self, tokenizer: Any, setting: Setting) -> None:
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(setting.model)
+
+    @cached_property
+    def _texts(self) -> dict[bool, dict[str, str]]:
         texts = read_library()
-        size = setting.max_length * CHARACTERS_PER_TOKEN
-        parts = [{p: text for p, text in texts.items() if is_held_out(p) == held_out} for held_out in (True, False)]
-        held_out, training = (joined(part, size) for part in parts)
-        self.test_haystack, self.haystack = (
-            Haystack(tokenizer, "\n".join(texts.values())[:HAYSTACK_CHARACTERS]) for texts in (held_out, training)
-        )
-        chosen = list(held_out.items())[: setting.documents]
-        self.documents = {
-            name: tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].to(setting.device)
-            for name, text in chosen
-        }
-        self.training: list[list[int]] = tokenizer(list(training.values()), verbose=False).input_ids
-        self.seed = setting.seed
+        return {kind: {p: text for p, text in texts.items() if is_held_out(p) == kind} for kind in (True, False)}
+
+    def _joined(self, held_out: bool) -> dict[str, str]:
+        return joined(self._texts[held_out], self.setting.max_length * CHARACTERS_PER_TOKEN)
+
+    @cached_property
+    def documents(self) -> dict[str, torch.Tensor]:
+        """Tokens of the held-out documents to read."""
+        chosen = list(self._joined(True).items())[: self.setting.documents]
+        tokens = {name: self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for name, text in chosen}
+        return {name: found.to(self.setting.device) for name, found in tokens.items()}
+
+    @cached_property
+    def training(self) -> list[list[int]]:
+        """Tokens of the documents to learn from."""
+        tokens: list[list[int]] = self.tokenizer(list(self._joined(False).values()), verbose=False).input_ids
+        return tokens
+
+    def haystack(self, *, held_out: bool) -> Any:
+        """Return the text between facts."""
+        return haystack(self.tokenizer, self._texts[held_out])
 
     def epoch(self, number: int) -> Iterator[list[int]]:
         """Return the training documents in the order of this epoch."""
-        shuffler = random.Random(f"{self.seed} {number}")
-        return iter(shuffler.sample(self.training, len(self.training)))
+        return iter(random.Random(f"{self.setting.seed} {number}").sample(self.training, len(self.training)))
 
 
-def load(setting: Setting, variant: dict[str, Any]) -> Any:
-    """Load the untuned model with a variant's attention, its positions stretched to the full length."""
-    arguments = ModelArguments(
-        model=setting.model,
-        max_length=setting.max_length,
-        attention=variant["attention"],
-        pattern=json.dumps(variant["pattern"]),
-        dtype="float32",
-    )
-    return load_model(arguments).to(setting.device)
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One variant, and where its parts are kept."""
+
+    name: str
+    variant: Variant
+    setting: Setting
+    sources: Sources
+    output: Path
+    deadline: Deadline
+
+    @property
+    def folder(self) -> Path:
+        return self.output / "".join(letter if letter.isalnum() else "-" for letter in self.name)
+
+    @property
+    def own(self) -> str:
+        """Name of its attention when it reads."""
+        return DENSE if self.name == DENSE else self.variant.backend
+
+    def part(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    @property
+    def is_finished(self) -> bool:
+        return all(self.part(name).exists() for name in PARTS)
+
+    def steps(self) -> list[Step]:
+        """Return what is to be done, in order."""
+        options = asdict(self.setting) | {"device": self.setting.device, "pattern": self.variant.pattern}
+        makers = {"cost": self.price, "before": self.look_before, "log": self.tune, "after": self.look_after}
+        return [
+            Step(
+                name=name,
+                make=partial(self._make, maker),
+                options=options,
+                replaces=[self.part(name), *([self.folder / "training"] if name == "log" else [])],
+                resumes=name == "log",
+            )
+            for name, maker in makers.items()
+        ]
+
+    def _make(self, maker: Any) -> None:
+        self.deadline.check()
+        maker()
+        gc.collect()  # trainer and optimizer hold one another
+        torch.cuda.empty_cache()
+
+    def untuned(self) -> Any:
+        """Load the model that all variants start from, its positions stretched to the full length."""
+        arguments = ModelArguments(
+            model=self.setting.model,
+            max_length=self.setting.max_length,
+            attention=self.variant.backend,
+            pattern=json.dumps(self.variant.pattern),
+            dtype="float32",
+        )
+        return load_model(arguments).to(self.setting.device)
+
+    def price(self) -> None:
+        """Say what a step at full length costs, beside dense attention."""
+        model, length = self.untuned(), self.setting.max_length
+        found: dict[str, Any] = {"operations": operations(model.config, self.variant.backend, length)}
+        found["seconds"] = seconds_a_step(model, length)
+        with attention(model, DENSE):
+            found["dense_seconds"] = seconds_a_step(model, length)
+        save(self.part("cost"), found)
+
+    def look_before(self) -> None:
+        """Measure the untuned model with the variant's attention."""
+        save(self.part("before"), self.measure(self.untuned(), (self.own,)))
+
+    def look_after(self) -> None:
+        """Measure the tuned model with the variant's and with dense attention."""
+        model = AutoModelForCausalLM.from_pretrained(self.folder / "model").to(self.setting.device)
+        save(self.part("after"), self.measure(model, tuple(dict.fromkeys((self.own, DENSE)))))
+
+    def measure(self, model: Any, attentions: tuple[str, ...]) -> dict[str, Any]:
+        """Read held-out documents and look for pass keys."""
+        setting, tokenizer = self.setting, self.sources.tokenizer
+        plan = Evaluation(
+            max_length=setting.max_length,
+            trained_length=setting.trained,
+            attentions=attentions,
+            parts=("perplexity", "short"),
+        )
+        between = self.sources.haystack(held_out=True)
+        model = model.to(torch.bfloat16 if setting.device.startswith("cuda") else torch.float32)
+        report = evaluate(model, tokenizer, self.sources.documents, between, plan)
+        samples = list(make_samples(between, ["passkey"], plan.lengths, DEPTHS, repeats=setting.repeats))
+        for name in attentions:
+            with attention(model, name):
+                for (tokens, depth), group in groupby(samples, lambda pair: (pair[0], pair[1].depth)):
+                    found = [recites(model, tokenizer, sample) for _, sample in group]
+                    place = {"attention": name, "tokens": tokens, "depth": depth}
+                    report.retrieval.append({**place, "found": sum(found), "asked": len(found)})
+        return asdict(report)
+
+    def tune(self) -> None:
+        """Train, store the model, and keep the log."""
+        setting = self.setting
+        set_seed(setting.seed)
+        arguments = TrainingArguments(
+            output_dir=str(self.folder / "training"),
+            **training_options(
+                steps=setting.steps,
+                rows=setting.rows,
+                learning_rate=setting.learning_rate,
+                device=setting.device,
+                seed=setting.seed,
+            ),
+            save_strategy="no",
+            save_total_limit=1,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        rows = make_rows(
+            self.sources.epoch,
+            arguments,
+            length=setting.max_length,
+            curriculum=setting.curriculum,
+            haystack=self.sources.haystack(held_out=False),
+            lesson_share=setting.lesson_share,
+        )
+        model = self.untuned()
+        trainer = make_trainer(model, self.sources.tokenizer, rows, arguments, callbacks=[self.deadline])
+        checkpoint = last_complete_checkpoint(self.folder / "training")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        model.to(torch.bfloat16).save_pretrained(self.folder / "model")
+        self.sources.tokenizer.save_pretrained(self.folder / "model")
+        seconds = training_seconds(log, setting.rows * setting.max_length)
+        save(self.part("log"), {"training_seconds": seconds, "log": log})
+
+    def row(self) -> dict[str, Any]:
+        """Return everything about the variant."""
+        parts = {name: json.loads(self.part(name).read_text("utf-8")) for name in PARTS}
+        log = parts.pop("log")
+        setting = asdict(self.setting) | {"curriculum": self.setting.curriculum}
+        return {"variant": self.name, "own": self.own, **asdict(self.variant), "setting": setting, **log, **parts}
 
 
-def tune(model: Any, tokenizer: Any, sources: Sources, setting: Setting, output: Path) -> list[dict[str, Any]]:
-    """Train in place; return the log."""
-    set_seed(setting.seed)
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        **training_options(
-            steps=setting.steps,
-            rows=setting.rows,
-            learning_rate=setting.learning_rate,
-            device=setting.device,
-            seed=setting.seed,
-        ),
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    rows = make_rows(
-        sources.epoch,
-        arguments,
-        length=setting.max_length,
-        curriculum=setting.curriculum,
-        haystack=sources.haystack,
-        lesson_share=LESSON_SHARE,
-    )
-    trainer = make_trainer(model, tokenizer, rows, arguments)
-    trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def measure(model: Any, tokenizer: Any, sources: Sources, setting: Setting, name: str, *, is_tuned: bool) -> Report:
-    """Read with the variant's attention; once tuned, with dense attention as well, and look for pass keys."""
-    own = DENSE if name == "dense" else model.config.hf_dilated["attn_implementation"]
-    plan = Evaluation(
-        max_length=setting.max_length,
-        trained_length=setting.trained,
-        attentions=tuple(dict.fromkeys((own, DENSE))) if is_tuned else (own,),
-        parts=("perplexity", "retrieval", "short") if is_tuned else ("perplexity", "short"),
-        tasks=("passkey",),
-        depths=DEPTHS,
-        repeats=setting.repeats,
-    )
-    half = torch.bfloat16 if setting.device.startswith("cuda") else torch.float32
-    return evaluate(model.to(half), tokenizer, sources.documents, sources.test_haystack, plan)
-
-
-def run(name: str, variant: dict[str, Any], tokenizer: Any, sources: Sources, setting: Setting, output: Path) -> dict:
-    """Measure a variant before and after tuning; save the tuned model, and return its row."""
-    before = measure(load(setting, variant), tokenizer, sources, setting, name, is_tuned=False)
-    model = load(setting, variant)
-    started = time.perf_counter()
-    log = tune(model, tokenizer, sources, setting, output / name)
-    seconds = time.perf_counter() - started
-    after = measure(model, tokenizer, sources, setting, name, is_tuned=True)
-    model.save_pretrained(output / name)
-    tokenizer.save_pretrained(output / name)
-    return {
-        "variant": name,
-        **variant,
-        "setting": asdict(setting) | {"curriculum": setting.curriculum, "lesson_share": LESSON_SHARE},
-        "training_seconds": seconds,
-        "log": log,
-        "before": asdict(before),
-        "after": asdict(after),
-    }
-
-
-def summary(rows: list[dict[str, Any]]) -> Table:
-    """Return a line for every variant, way of reading, and time before or after tuning."""
-    header = ["variant", "tuning", "read with", "perplexity at the end", "short texts", "pass keys found", "tuned in"]
-    return Table(
-        "Variants", header, [line for row in rows for when in ("before", "after") for line in _lines(row, when)]
-    )
-
-
-def _lines(row: dict[str, Any], when: str) -> Iterator[list[str]]:
-    report = row[when]
-    seconds = f"{row['training_seconds']:.0f} s" if when == "after" else "–"
-    last = {found["attention"]: found["perplexity"] for found in report["perplexity"]}
-    short = {found["attention"]: found["perplexity"] for found in report["short"]}
-    for attention, perplexity in last.items():
-        keys: dict[int, list[float]] = {}
-        for found in report["retrieval"]:
-            if found["attention"] == attention:
-                keys.setdefault(found["tokens"], []).append(found["score"])
-        share = ", ".join(f"{short_count(n)} {mean(scores):.0%}" for n, scores in sorted(keys.items()))
-        short_texts = f"{short[attention]:.3f}" if attention in short else "–"
-        yield [row["variant"], when, attention, f"{perplexity:.3f}", short_texts, share or "–", seconds]
+def write(trials: list[Trial], output: Path) -> None:
+    """Write table and rows of all variants that are finished."""
+    rows = [trial.row() for trial in trials if trial.is_finished]
+    if rows:
+        (output / "ablation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        (output / "ablation.md").write_text(summary(rows, DENSE).markdown() + "\n", "utf-8")
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for ablation.jsonl, ablation.md and the tuned models.")],
+    output: Annotated[Path, typer.Option(help="Folder for the variants, ablation.jsonl and ablation.md.")],
     model: Annotated[str, typer.Option(help="The model to start from.")] = str(SHIPPED),
     only: Annotated[list[str] | None, typer.Option(help="Names of variants; repeat it. By default all.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens in a row and of the longest document.")] = 32768,
     trained: Annotated[int, typer.Option(help="Length that the model was made for.")] = 2048,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
-    rows: Annotated[int, typer.Option(help="Rows in a step.")] = 2,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
-    documents: Annotated[int, typer.Option(help="Held-out documents to read.")] = 8,
-    repeats: Annotated[int, typer.Option(help="Pass keys of every length and depth.")] = 2,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = STEPS,
+    rows: Annotated[int, typer.Option(help="Rows in a step.")] = ROWS,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = LEARNING_RATE,
+    lesson_share: Annotated[float, typer.Option(help="Share of made documents.")] = LESSON_SHARE,
+    documents: Annotated[int, typer.Option(help="Held-out documents to read.")] = 24,
+    repeats: Annotated[int, typer.Option(help="Pass keys of every length and depth.")] = 4,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cuda" if torch.cuda.is_available() else "cpu",
     seed: Annotated[int, typer.Option(help="Of order and lessons.")] = 0,
 ) -> None:
-    """Tune and measure every variant."""
+    """Tune and measure every variant; exits with 75 if there was not enough time for all."""
+    deadline = Deadline(minutes)
     logging.set_verbosity_error()
     setting = Setting(
         model=model, max_length=max_length, trained=trained, steps=steps, rows=rows, learning_rate=learning_rate,
-        documents=documents, repeats=repeats, device=device, seed=seed,
+        lesson_share=lesson_share, documents=documents, repeats=repeats, device=device, seed=seed,
     )  # fmt: skip
-    known = variants(setting)
+    config = AutoConfig.from_pretrained(model)
+    config.max_position_embeddings = trained
+    known = variants(config, max_length)
     if unknown := sorted(set(only or ()) - set(known)):
-        raise typer.BadParameter(f"--only {', '.join(unknown)}: known are {', '.join(known)}")
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    sources = Sources(tokenizer, setting)
-    done: list[dict[str, Any]] = []
-    with (output / "ablation.jsonl").open("a") as lines:
-        for name in only or known:
-            done.append(run(name, known[name], tokenizer, sources, setting, output))
-            lines.write(json.dumps(done[-1]) + "\n")
-            lines.flush()
-            for line in summary(done[-1:]).rows:
-                typer.echo("  ".join(line))
-    (output / "ablation.md").write_text(summary(done).markdown() + "\n", "utf-8")
+        raise typer.BadParameter(f"--only {', '.join(unknown)}: known are {'; '.join(known)}")
+    sources = Sources(setting)
+    trials = [
+        Trial(name=name, variant=variant, setting=setting, sources=sources, output=output, deadline=deadline)
+        for name, variant in known.items()
+    ]
+    try:
+        for trial in trials:
+            if not only or trial.name in only:
+                typer.echo(f"{trial.name}:")
+                take(trial.steps(), trial.folder)
+                write(trials, output)
+    except OutOfTime:
+        typer.echo(f"stopped after {minutes:g} minutes; the same command goes on")
+        raise typer.Exit(EXIT_CODE) from None
+    finally:
+        if (output / "ablation.md").exists():
+            typer.echo((output / "ablation.md").read_text("utf-8"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python scripts/make_long_context.py --output outputs/long                     # the shipped model, 2k -> 32k
     python scripts/make_long_context.py --output outputs/long --train-base        # train the short one first
+    python scripts/make_long_context.py --output outputs/long --minutes 9         # stop in time, and go on another day
     python scripts/make_long_context.py --output outputs/small --device cpu --length 4096 --steps 10 --rows 1 \
         --documents 1 --task passkey                                              # on a laptop
     python scripts/make_long_context.py --output outputs/qwen --model Qwen/Qwen3-0.6B --length 131072 --rows 1 \
@@ -14,7 +15,8 @@ import gc
 import json
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,8 +27,18 @@ import train_base
 import train_long_context
 import typer
 from huggingface_hub import ModelCard
+from training.deadline import EXIT_CODE, Deadline, OutOfTime
 from training.library import CHARACTERS_PER_TOKEN, joined
-from training.recipe import LESSON_SHARE, SHIPPED, curriculum, training_options
+from training.recipe import (
+    LEARNING_RATE,
+    LESSON_SHARE,
+    ROWS,
+    SHIPPED,
+    STEPS,
+    curriculum,
+    training_options,
+    training_seconds,
+)
 from training.steps import Step, save, take
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -99,8 +111,8 @@ class Recipe:
         return self.output / self.full_name.rpartition("/")[2]
 
 
-def plan(recipe: Recipe, command: str) -> list[Step]:
-    """Return the steps in order; ``command`` is what the card says was typed."""
+def plan(recipe: Recipe, command: str, deadline: Deadline) -> list[Step]:
+    """Return the steps in order, each of them only begun in time; ``command`` is what the card says was typed."""
 
     def options(*names: str) -> dict[str, Any]:
         return json.loads(json.dumps({name: getattr(recipe, name) for name in names}, default=str))
@@ -125,7 +137,7 @@ def plan(recipe: Recipe, command: str) -> list[Step]:
     )
     tuned = Step(
         name="tune",
-        make=partial(tune, recipe, command),
+        make=partial(tune, recipe, command, deadline),
         options=options("steps", "rows", "learning_rate", "lesson_share", "training", "seed"),
         replaces=[recipe.tuned],
         resumes=True,
@@ -133,7 +145,13 @@ def plan(recipe: Recipe, command: str) -> list[Step]:
     stored = Step(name="store", make=partial(store, recipe), options=options("full_name"), replaces=[recipe.result])
     evaluated = Step(name="evaluate", make=partial(evaluate, recipe), options=options("documents", "tasks", "repeats"))
     card = Step(name="card", make=partial(describe, recipe), options={}, replaces=[recipe.result / CARD])
-    return [*([base] if recipe.train_base else []), texts, patched, tuned, stored, evaluated, card]
+    steps = [*([base] if recipe.train_base else []), texts, patched, tuned, stored, evaluated, card]
+    return [replace(step, make=partial(_in_time, deadline, step.make)) for step in steps]
+
+
+def _in_time(deadline: Deadline, make: Callable[[], None]) -> None:
+    deadline.check()
+    make()
 
 
 def train_short(recipe: Recipe) -> None:
@@ -213,16 +231,15 @@ def parse_training(recipe: Recipe) -> tuple[Any, ...]:
     return parsed
 
 
-def tune(recipe: Recipe, command: str) -> None:
+def tune(recipe: Recipe, command: str, deadline: Deadline) -> None:
     """Train the patched model on long documents, and write down how it went."""
     model, data, arguments = parse_training(recipe)
-    train_long_context.run(model, data, arguments)
+    train_long_context.run(model, data, arguments, callbacks=[deadline])
     gc.collect()  # trainer and optimizer hold one another
     torch.cuda.empty_cache()
     state = json.loads((recipe.tuned / TRAINER_STATE_NAME).read_text("utf-8"))
     log = [entry for entry in state["log_history"] if "loss" in entry]
-    steps = [entry["step"] - before for entry, before in zip(log, [0, *(e["step"] for e in log)], strict=False)]
-    speeds = [entry["tokens_per_second"] for entry in log]
+    last = log[-1]["step"] - (log[-2]["step"] if len(log) > 1 else 0)
     tokens = model.max_length * arguments.train_batch_size * arguments.gradient_accumulation_steps
     made = f"a model that this command trained for {recipe.base_steps:,} steps at {recipe.base_length:,} tokens"
     training = {
@@ -243,10 +260,10 @@ def tune(recipe: Recipe, command: str) -> None:
         "hardware": torch.cuda.get_device_name()
         if recipe.device == "cuda"
         else f"{torch.get_num_threads()} CPU threads",
-        "seconds": sum(count * tokens / speed for count, speed in zip(steps, speeds, strict=True)),
+        "seconds": training_seconds(log, tokens),
         "results": {
-            f"training loss, mean of the last {steps[-1]} steps": round(log[-1]["loss"], 4),
-            "tokens a second, median": round(median(speeds)),
+            f"training loss, mean of the last {last} steps": round(log[-1]["loss"], 4),
+            "tokens a second, median": round(median(entry["tokens_per_second"] for entry in log)),
         },
     }
     save(recipe.tuned / "training.json", training)
@@ -305,9 +322,9 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens in a row, and the longest text afterwards.", min=2)] = 32768,
     backend: Annotated[Literal["dilated", "block_sparse"], typer.Option(help="Attention.")] = "dilated",
     pattern: Annotated[str | None, typer.Option(help="Its pattern as JSON; by default what suits the length.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of the fine-tuning.", min=1)] = 300,
-    rows: Annotated[int, typer.Option(help="Rows in a step.", min=1)] = 2,
-    learning_rate: Annotated[float, typer.Option(help="At its highest; large models want far less.")] = 1e-3,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of the fine-tuning.", min=1)] = STEPS,
+    rows: Annotated[int, typer.Option(help="Rows in a step.", min=1)] = ROWS,
+    learning_rate: Annotated[float, typer.Option(help="At its highest; large models want far less.")] = LEARNING_RATE,
     lesson_share: Annotated[float, typer.Option(help="Share of made documents that ask for something far away.")] = (
         LESSON_SHARE
     ),
@@ -327,12 +344,14 @@ def main(
         "cuda" if torch.cuda.is_available() else "cpu"
     ),
     seed: Annotated[int, typer.Option(help="Of weights, order and lessons.")] = 0,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so long, with a checkpoint.", min=0)] = None,
 ) -> None:
     """Make a long model of a short one: patch, fine-tune, evaluate, and write the card.
 
     Options after `--` go to scripts/train_long_context.py. The same command goes on where it was stopped: finished
-    steps are skipped, the training resumes from its last checkpoint.
+    steps are skipped, the training resumes from its last checkpoint. Exits with 75 where --minutes were too few.
     """
+    deadline = Deadline(minutes)
     recipe = Recipe(
         output=output, model=model, train_base=train_base, name=name, length=length, backend=backend, pattern=pattern,
         steps=steps, rows=rows, learning_rate=learning_rate, lesson_share=lesson_share, training=tuple(context.args),
@@ -342,7 +361,10 @@ def main(
     command = shlex.join(["python", "scripts/make_long_context.py", *sys.argv[1:]])
     try:
         parse_training(recipe)
-        take(plan(recipe, command), output)
+        take(plan(recipe, command, deadline), output)
+    except OutOfTime:
+        typer.echo(f"stopped after {minutes:g} minutes; the same command goes on")
+        raise typer.Exit(EXIT_CODE) from None
     except (ValueError, OSError, ReportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -12,18 +12,21 @@ checkpoint that is complete. docs/training.md explains the recipe.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from training.library import HAYSTACK_CHARACTERS, haystack
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -42,8 +45,6 @@ from hf_dilated.training.lora import long_lora
 from hf_dilated.training.packing import Documents, PackedRows
 from hf_dilated.training.sequence_parallel import SequenceParallelTrainerMixin
 from hf_dilated.training.throughput import ThroughputMixin
-
-HAYSTACK_CHARACTERS = 1 << 20
 
 
 @dataclass(kw_only=True)
@@ -153,7 +154,13 @@ def make_rows(
 
 
 def make_trainer(
-    model: Any, tokenizer: Any, rows: PackedRows, arguments: TrainingArguments, *, sequence_parallel_size: int = 1
+    model: Any,
+    tokenizer: Any,
+    rows: PackedRows,
+    arguments: TrainingArguments,
+    *,
+    sequence_parallel_size: int = 1,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> LongContextTrainer:
     """Return the trainer; ``trainer.train()`` trains ``model`` in place."""
     if sequence_parallel_size > 1:
@@ -164,11 +171,17 @@ def make_trainer(
         train_dataset=rows,
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        callbacks=list(callbacks),
         sequence_parallel_size=sequence_parallel_size,
     )
 
 
-def run(model_arguments: ModelArguments, data: DataArguments, arguments: TrainingArguments) -> None:
+def run(
+    model_arguments: ModelArguments,
+    data: DataArguments,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
     """Train, and save the model (with adapters merged into it) to ``output_dir``."""
     if arguments.max_steps <= 0:
         raise ValueError("max_steps: streams have no end; say how many steps to take with --max_steps")
@@ -195,7 +208,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, arguments: Trainin
         lesson_share=data.lesson_share,
         sequence_parallel_size=sharing,
     )
-    trainer = make_trainer(model, tokenizer, rows, arguments, sequence_parallel_size=sharing)
+    trainer = make_trainer(model, tokenizer, rows, arguments, sequence_parallel_size=sharing, callbacks=callbacks)
     checkpoint = arguments.resume_from_checkpoint or last_complete_checkpoint(Path(arguments.output_dir))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if model_arguments.lora_rank:
@@ -207,13 +220,13 @@ def run(model_arguments: ModelArguments, data: DataArguments, arguments: Trainin
 
 
 def _haystack(texts: Any, tokenizer: Any, column: str) -> Haystack:
-    """The first texts, up to a million characters."""
-    parts: list[str] = []
-    for example in texts:
-        parts.append(example[column])
-        if sum(map(len, parts)) >= HAYSTACK_CHARACTERS:
+    """The first texts, as many as are used."""
+    parts: dict[str, str] = {}
+    for number, example in enumerate(texts):
+        parts[str(number)] = example[column]
+        if sum(map(len, parts.values())) >= HAYSTACK_CHARACTERS:
             break
-    return Haystack(tokenizer, "\n".join(parts))
+    return haystack(tokenizer, parts)
 
 
 def main() -> None:

@@ -1,37 +1,93 @@
-"""The ablation in small: every variant is there, is tuned, and is read before and after."""
+"""The ablation in small: variants are tuned, read before and after, priced, and taken up again where they were left."""
 
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from click.testing import Result
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
+from hf_dilated import BlockSparseConfig, DilatedConfig
 from tests.tiny_checkpoint import TEXT, save_tiny_checkpoint
 
 ablation = importlib.import_module("ablation")
+variants = importlib.import_module("training.variants")
+
+CHOSEN = ["dense", "window, a quarter of the heads dense"]
 
 
-def test_variants_are_tuned_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run(folder: Path, chosen: list[str], **options: Any) -> Result:
+    settings: dict[str, Any] = {"output": folder / "out", "model": folder / "model", "device": "cpu"}
+    settings |= {"max-length": 256, "trained": 64, "steps": 2, "rows": 1, "documents": 1, "repeats": 1} | options
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    app = typer.Typer()
+    app.command()(ablation.main)
+    return CliRunner().invoke(app, [*words, *(word for name in chosen for word in ("--only", name))])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(ablation, "read_library", lambda: {f"{n}.py": TEXT for n in range(30)})
     monkeypatch.setattr(ablation, "DEPTHS", (0.5,))
-    model = save_tiny_checkpoint(tmp_path / "model")
-    arguments = ["--output", str(tmp_path / "out"), "--model", str(model), "--device", "cpu", "--max-length", "256"]
-    arguments += ["--trained", "64", "--steps", "2", "--rows", "1", "--documents", "1", "--repeats", "1"]
-    app = importlib.import_module("typer").Typer()
-    app.command()(ablation.main)
-    chosen = ["--only", "dense", "--only", "all", "--only", "block_sparse"]
-    result = CliRunner().invoke(app, arguments + chosen)
+    save_tiny_checkpoint(tmp_path / "model")
+    return tmp_path
+
+
+def test_variants_are_tuned_and_measured(folder: Path) -> None:
+    result = run(folder, CHOSEN)
     assert result.exit_code == 0, result.output
-    rows = [json.loads(line) for line in (tmp_path / "out" / "ablation.jsonl").read_text().splitlines()]
-    assert [row["variant"] for row in rows] == ["dense", "all", "block_sparse"]
-    for row, own in zip(rows, ("dense", "dilated", "block_sparse"), strict=True):
+    rows = [json.loads(line) for line in (folder / "out" / "ablation.jsonl").read_text().splitlines()]
+    assert [row["variant"] for row in rows] == CHOSEN
+    for row, own in zip(rows, ("dense", "block_sparse"), strict=True):
         assert [entry["loss"] > 0 for entry in row["log"]] == [True, True]
-        assert {found["attention"] for found in row["before"]["short"]} == {own}
+        assert {found["attention"] for found in row["before"]["retrieval"]} == {own}
         assert {found["attention"] for found in row["after"]["retrieval"]} == {own, "dense"}
         assert row["before"]["perplexity"][-1]["stop"] == 256
-        assert (tmp_path / "out" / row["variant"] / "model.safetensors").exists()
+        assert row["cost"]["seconds"] > 0
+        assert (row["cost"]["operations"]["attention"] < row["cost"]["operations"]["dense attention"]) == (
+            own != "dense"
+        )
     assert rows[0]["before"]["perplexity"] != rows[0]["after"]["perplexity"]
-    table = (tmp_path / "out" / "ablation.md").read_text().splitlines()
-    assert len(table) == 2 + (2 + 2) + (1 + 3) * 2
-    assert CliRunner().invoke(app, [*arguments, "--only", "magic"]).exit_code == 2
+    lines = (folder / "out" / "ablation.md").read_text().splitlines()
+    assert len(lines) == 2 + 2 + 2 + 1 + 3
+    assert [line.count("| +0.0% |") for line in lines if line.startswith("| dense | after | dense |")] == [1]
+
+
+def test_out_of_time_and_on_again(folder: Path) -> None:
+    """A training that is stopped after its first step ends as one that was never stopped."""
+    deadline = importlib.import_module("training.deadline")
+    whole = run(folder, ["dilated"])
+    assert whole.exit_code == 0, whole.output
+    (folder / "out").rename(folder / "whole")
+    for asked_before_the_end in (4, 1):  # at the start and before "log", its third step; at the start alone
+        with pytest.MonkeyPatch.context() as patch:
+            times = iter([0.0] * asked_before_the_end)
+            patch.setattr(deadline, "monotonic", lambda times=times: next(times, 1e9))
+            result = run(folder, ["dilated"], minutes=1)
+        assert result.exit_code == deadline.EXIT_CODE, result.output
+        assert "stopped after 1 minutes; the same command goes on" in result.output
+        assert [path.name for path in (folder / "out" / "dilated" / "training").iterdir()] == ["checkpoint-1"]
+    result = run(folder, ["dilated"], minutes=60)
+    assert result.exit_code == 0, result.output
+    ends = [(folder / out / "dilated" / "model" / "model.safetensors").read_bytes() for out in ("out", "whole")]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.filterwarnings("ignore:8 attention heads")
+def test_every_variant_is_a_pattern_of_its_own() -> None:
+    config = AutoConfig.from_pretrained(ablation.SHIPPED)
+    known = variants.variants(config, 32768)
+    classes = {"dilated": DilatedConfig, "block_sparse": BlockSparseConfig}
+    assert len({classes[variant.backend].from_dict(variant.pattern) for variant in known.values()}) == len(known)
+    assert known["window, two dense layers"].pattern["dense_layers"] == [1, 4]
+    assert next(iter(known)) == ablation.DENSE
+
+
+def test_unknown_names_and_other_settings_are_refused(folder: Path) -> None:
+    result = run(folder, ["magic"])
+    assert result.exit_code == 2
+    assert "known are dense; window" in result.output.replace("\n", " ").replace("│", "").replace("  ", " ")

@@ -1,0 +1,75 @@
+"""The attentions that the ablation compares."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hf_dilated import BlockSparseConfig, DilatedConfig
+from hf_dilated.config import BlockParts
+from hf_dilated.config.presets import Preset
+
+DENSE = "dense"
+BLOCKS_IN_A_WINDOW = 16  # 16 × 128 tokens reach as far as the shortest segment
+CHOSEN_BLOCKS = 16  # of 64 tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A backend and its pattern.
+
+    Attributes:
+        backend: As ``attn_implementation``; the dense variant is a dilated one with a single segment, which reads
+            packed rows fast.
+        pattern: As its configuration's ``to_dict``.
+    """
+
+    backend: str
+    pattern: dict[str, Any]
+
+
+def variants(config: Any, length: int) -> dict[str, Variant]:
+    """Return all of them, the promising ones first.
+
+    Args:
+        config: Configuration of a model whose ``max_position_embeddings`` is the length that it was made for.
+        length: Longest text afterwards, in tokens.
+    """
+    trained, layers = config.max_position_embeddings, config.num_hidden_layers
+    once = DilatedConfig.from_model_config(config, max_length=length)
+    one, two = Preset(dense_every=layers).for_layers(layers), Preset(dense_every=(layers + 1) // 2).for_layers(layers)
+    size = min(128, max(1, trained // BLOCKS_IN_A_WINDOW))
+    near = BlockParts(local_blocks=trained // size + 1, global_blocks=1)
+    by_head = (near, near, near, BlockParts(stride_blocks=1))  # the last quarter sees every block
+    window = BlockSparseConfig(block_size=size, local_blocks=near.local_blocks, global_blocks=1)
+    small = max(1, size // 2)
+    chosen = BlockSparseConfig(
+        block_size=small, local_blocks=trained // small + 1, global_blocks=1, topk_blocks=CHOSEN_BLOCKS
+    )
+    strided = BlockSparseConfig.from_model_config(config, max_length=length)
+    wide = DilatedConfig(segment_lengths=(trained, 4 * trained, length), dilation_rates=(1, 2, 4))
+    patterns: dict[str, DilatedConfig | BlockSparseConfig] = {
+        DENSE: DilatedConfig(segment_lengths=(length,), dilation_rates=(1,)),
+        "window, one dense layer": replace(window, **one),
+        "dilated, one dense layer": replace(once, sink_tokens=4, **one),
+        "window, a quarter of the heads dense": BlockSparseConfig(block_size=size, layers=(by_head,)),
+        "window, two dense layers": replace(window, **two),
+        "dilated, two dense layers": replace(once, sink_tokens=4, **two),
+        "top-k": chosen,
+        "top-k, one dense layer": replace(chosen, **one),
+        "dilated": once,
+        "dilated, count": replace(once, overlap="count"),
+        "dilated, sinks": replace(once, sink_tokens=4),
+        "dilated, sinks, phase": replace(once, sink_tokens=4, phase="alternate"),
+        "dilated, kv_head, rotate": replace(once, sink_tokens=4, offset="kv_head", rotate=True),
+        "dilated, lower rates": replace(wide, sink_tokens=4),
+        "dilated, lower rates, one dense layer": replace(wide, sink_tokens=4, **one),
+        "window": window,
+        "strided": strided,
+        "strided, one dense layer": replace(strided, **one),
+        "segments as in LongLoRA": DilatedConfig(segment_lengths=(trained,), dilation_rates=(1,), phase="alternate"),
+    }
+    return {
+        name: Variant(
+            backend="dilated" if isinstance(pattern, DilatedConfig) else "block_sparse", pattern=pattern.to_dict()
+        )
+        for name, pattern in patterns.items()
+    }
