@@ -1,6 +1,10 @@
 """What ranks need, imported once: they are forked off the process that has done so."""
 
+import datasets  # noqa: F401
+import peft  # noqa: F401
 import torch
+import transformers.trainer  # noqa: F401
+import trl.trainer.sft_trainer  # noqa: F401
 
 import hf_dilated  # noqa: F401
 import tests.distributed.processes  # noqa: F401
