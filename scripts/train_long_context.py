@@ -11,6 +11,7 @@ checkpoint that is complete. docs/training.md explains the recipe.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ from hf_dilated.training.documents import stream_texts, tokenized
 from hf_dilated.training.lora import long_lora
 from hf_dilated.training.packing import Documents, PackedRows
 from hf_dilated.training.sequence_parallel import SequenceParallelTrainerMixin
+from hf_dilated.training.sharded import ShardedTrainerMixin
 from hf_dilated.training.throughput import ThroughputMixin
 
 
@@ -84,8 +86,8 @@ class DataArguments:
     )
 
 
-class LongContextTrainer(ThroughputMixin, SequenceParallelTrainerMixin, Trainer):
-    """``Trainer`` whose processes may share sequences, with throughput and memory in its log."""
+class LongContextTrainer(ThroughputMixin, SequenceParallelTrainerMixin, ShardedTrainerMixin, Trainer):
+    """``Trainer`` whose processes may share sequences and weights, with throughput and memory in its log."""
 
 
 def load_model(arguments: ModelArguments) -> Any:
@@ -111,6 +113,8 @@ def load_model(arguments: ModelArguments) -> Any:
             max_position_embeddings=arguments.max_length,
             rope_scaling=scaling,
         )
+    if arguments.lora_rank and config.get_text_config().tie_word_embeddings:
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # see ShardedTrainerMixin
     return AutoModelForCausalLM.from_pretrained(arguments.model, config=config, dtype=arguments.dtype)
 
 
