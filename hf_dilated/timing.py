@@ -6,7 +6,8 @@ import multiprocessing
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,17 @@ def _grown(prepare: Callable[..., Callable[[], Tensor]], *arguments: Any) -> int
 def _high_water() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+@contextmanager
+def little_garbage() -> Iterator[None]:
+    """Leave what exists out of all collections until the end, so that those between samples are short."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def release() -> None:

@@ -29,7 +29,7 @@ from benchmarking.soak import soak as run_soak
 from benchmarking.variants import CONTROL, Choice, variants
 
 from hf_dilated.config import Offset, Overlap
-from hf_dilated.timing import parse_lengths
+from hf_dilated.timing import little_garbage, parse_lengths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 
@@ -310,10 +310,11 @@ def _start(
 
 
 def _run(run: Run, cases: Sequence[Case], modes: Sequence[str], *, fastest: bool) -> None:
-    _check_parity(run, cases[-1], gradients="forward+backward" in modes)
-    for case in cases:
-        typer.echo(f"{case.length:,} tokens, {run.left():.0f} s left", err=True)
-        measure(run, case, modes)
+    with little_garbage():
+        _check_parity(run, cases[-1], gradients="forward+backward" in modes)
+        for case in cases:
+            typer.echo(f"{case.length:,} tokens, {run.left():.0f} s left", err=True)
+            measure(run, case, modes)
     case, machine = cases[-1], run.machine
     title = (
         f"{run.kind}, {machine['device']} ({machine['cores']} cores), torch {machine['torch']}, {case.dtype}, "

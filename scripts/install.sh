@@ -29,10 +29,14 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
 
+# --no-compile: Python compiles what is imported, when it is; most of the packages never are
+install() {
+    "$venv/bin/python" -m pip install --quiet --no-compile --constraint constraints.txt "$@"
+}
+
 echo "== install: torch"
-"$venv/bin/python" -m pip install --quiet --constraint constraints.txt \
-    ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
+install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
 echo "== install: hf_dilated${extras:+[$extras]}"
-"$venv/bin/python" -m pip install --quiet --constraint constraints.txt setuptools
-"$venv/bin/python" -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".${extras:+[$extras]}"
+install setuptools
+install --no-build-isolation --editable ".${extras:+[$extras]}"
 echo "$wanted" > "$stamp"
