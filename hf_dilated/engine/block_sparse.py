@@ -1,8 +1,10 @@
-"""Block-sparse attention on a GPU: tables for the kernels, made on the device and kept for the next layer."""
+"""Block-sparse attention on a GPU: lists of blocks, made on the device when they are first needed and kept for the
+layers that follow."""
 
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,16 +12,19 @@ from hf_dilated.engine import flash_block_sparse
 from hf_dilated.engine.execute import HAS_TRITON, runs_fused
 from hf_dilated.engine.flash_block_sparse import Lists
 from hf_dilated.patterns import BlockSparsePattern, Pattern
-from hf_dilated.patterns.block_sparse import Tiles
-from hf_dilated.patterns.documents import Documents
+from hf_dilated.patterns.block_sparse import check_mask
+from hf_dilated.patterns.documents import Documents, Integers
+from hf_dilated.patterns.partials import Spans
 
 if HAS_TRITON:
+    from hf_dilated.engine import fused_block_lists
     from hf_dilated.engine import fused_block_sparse as fused
     from hf_dilated.engine import fused_block_sparse_backward as fused_backward
-    from hf_dilated.engine.fused_block_sparse import FIELDS, Tables
+    from hf_dilated.engine.fused_block_lists import Shown, to_device
+    from hf_dilated.engine.fused_block_sparse import Split, Walk
 
-LONGEST_LIST = 32  # query blocks that one program adds up for a key block
 KEPT = 16
+LONGEST_LIST = 32  # query blocks that one program adds up for a key block
 
 
 class BlockSparse(NamedTuple):
@@ -39,125 +44,162 @@ class BlockSparse(NamedTuple):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Attend; arguments and results as in :func:`hf_dilated.engine.execute.forward`."""
         if flash_block_sparse.refuses(*self, q, v) is None:
-            lists = flash_lists(*self, q.shape[1], k.shape[1], q.device)
-            return flash_block_sparse.forward(lists[0], self.is_causal, q, k, v, scale)
-        tables = make_tables(*self, q.shape[1], k.shape[1], q.device)
-        return fused.forward(tables, self.pattern.config.block_size, self.is_causal, q, k, v, scale)
+            lists = flash_lists(*self, q.shape[1], q.device, by_key=False)
+            return flash_block_sparse.forward(lists, self.is_causal, q, k, v, scale)
+        walk = query_walk(*self, q.shape[1], q.device)
+        return fused.forward(walk, self.pattern.config.block_size, self.is_causal, q, k, v, scale)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients; ``output`` and ``lse`` may be those of more than this call."""
+        tensors = grad, q, k, v, output, lse, scale
         if flash_block_sparse.refuses(*self, q, v) is None:
-            lists = flash_lists(*self, q.shape[1], k.shape[1], q.device)
-            return flash_block_sparse.backward(lists[1], self.is_causal, grad, q, k, v, output, lse, scale)
-        tables = make_tables(*self, q.shape[1], k.shape[1], q.device)
-        size = self.pattern.config.block_size
-        return fused_backward.backward(tables, size, self.is_causal, grad, q, k, v, output, lse, scale)
+            lists = flash_lists(*self, q.shape[1], q.device, by_key=True)
+            return flash_block_sparse.backward(lists, self.is_causal, *tensors)
+        queries = query_walk(*self, q.shape[1], q.device)
+        keys, split = key_walk(*self, q.shape[1], k.shape[1], q.device)
+        return fused_backward.backward(queries, keys, split, self.pattern.config.block_size, self.is_causal, *tensors)
 
 
 @lru_cache(maxsize=KEPT)
 def flash_lists(
-    pattern: BlockSparsePattern, documents: Documents, is_causal: bool, heads: int, kv_heads: int, device: torch.device
-) -> tuple[Lists, Lists]:
-    """The same tables for FlashAttention 4: by queries and by keys."""
-    one = Documents.whole_rows(1, documents.queries, documents.keys)
-    tables = make_tables(pattern, one, is_causal, heads, kv_heads, device)
-    rows = -(-documents.keys // pattern.config.block_size)
-    return (
-        flash_block_sparse.lists_of(tables.queries, tables.query_lists, heads, rows, is_causal),
-        flash_block_sparse.lists_of(tables.keys, tables.key_lists, heads, rows, is_causal),
+    pattern: BlockSparsePattern,
+    documents: Documents,
+    is_causal: bool,
+    heads: int,
+    device: torch.device,
+    *,
+    by_key: bool,
+) -> Lists:
+    """Lists for FlashAttention 4, of a row of the batch: for all heads, or for each if they differ."""
+    groups = pattern.groups(heads)
+    requests, _ = _requests(np.array([[0, documents.keys]]), pattern.config.block_size, is_causal, by_key)
+    each = 1 if len(groups) == 1 else heads // len(groups)
+    return fused_block_lists.list_blocks(
+        _shown(pattern, len(requests), is_causal, heads, each, device), requests, by_key=by_key
     )
 
 
 @lru_cache(maxsize=KEPT)
-def make_tables(
-    pattern: BlockSparsePattern, documents: Documents, is_causal: bool, heads: int, kv_heads: int, device: torch.device
-) -> "Tables":
-    """List the blocks of every block; nothing is computed on the host but how many there are."""
+def query_walk(
+    pattern: BlockSparsePattern, documents: Documents, is_causal: bool, heads: int, device: torch.device
+) -> "Walk":
+    """What the blocks of queries see."""
     size = pattern.config.block_size
-    fields = (documents.key_base, documents.query_base, documents.first_query, documents.length)
-    places = torch.tensor(fields, dtype=torch.long, device=device).T  # (documents, 4)
-    groups = [pattern.tiles(group, documents, is_causal, device) for group in pattern.groups(heads)]
-    queries, query_lists, base = [], [], 0
-    for tiles in groups:
-        entries = _entries(places, tiles.document, tiles.row, tiles.start + base, tiles.stop + base, tiles.edge)
-        queries.append(entries[(tiles.start - tiles.stop).argsort(stable=True)])
-        query_lists.append(tiles.blocks)
-        base += len(tiles.blocks)
-    keys = _Keys(groups, places, size, is_causal, crosses=(heads // len(groups)) % (heads // kv_heads) != 0)
-    lengths = torch.tensor([documents.length, documents.first_query], dtype=torch.long)
-    return Tables(
-        queries=torch.stack(queries).int().contiguous(),
-        query_lists=torch.cat(query_lists).int(),
-        keys=keys.entries.int().contiguous(),
-        key_lists=keys.lists.int(),
-        split=keys.split.int().contiguous(),
-        slots=keys.slots,
-        is_even=bool((lengths % size == 0).all()),
-        covers=sum(documents.length) - sum(documents.first_query) == documents.rows * documents.queries,
-    )
+    spans = _spans(documents)
+    requests, offset = _requests(spans, size, is_causal, by_key=False)
+    own, block = _blocks(spans[:, 0] // size, -(-spans[:, 1] // size))
+    sees_all = max(parts.global_blocks for parts in pattern.config.parts(pattern.layer)) if not is_causal else 0
+    order = np.argsort(np.where(block < sees_all, np.iinfo(np.int64).min, -block), kind="stable")
+    own, block = own[order], block[order]
+    zero = np.zeros_like(block)
+    entries = _entries(documents, own, block, block + offset[own], zero, zero + 1, zero - 1)
+    shown = _shown(pattern, -(-max(documents.length) // size), is_causal, heads, 1, device)
+    lists = fused_block_lists.list_blocks(shown, requests, by_key=False)
+    (entries_there,) = to_device(device, entries)
+    is_full = int((spans[:, 1] - spans[:, 0]).sum()) == documents.rows * documents.queries
+    return Walk(entries_there, lists, LONGEST_LIST, is_full)
 
 
-def _entries(places: Tensor, document: Tensor, block: Tensor, start: Tensor, stop: Tensor, edge: Tensor) -> Tensor:
-    fields = [block, start, stop, edge, torch.full_like(block, -1)]
-    entries = torch.cat([places[document], torch.stack(fields, 1)], 1)
-    assert entries.shape[1] == FIELDS
+@lru_cache(maxsize=KEPT)
+def key_walk(
+    pattern: BlockSparsePattern,
+    documents: Documents,
+    is_causal: bool,
+    heads: int,
+    kv_heads: int,
+    device: torch.device,
+) -> tuple["Walk", "Split"]:
+    """What sees the blocks of keys; long lists are cut, and their parts get slots."""
+    size, groups = pattern.config.block_size, pattern.groups(heads)
+    spans = _spans(documents)
+    requests, offset = _requests(spans, size, is_causal, by_key=True)
+    own, block = _blocks(np.zeros_like(spans[:, 0]), -(-spans[:, 1] // size))
+    number = block + offset[own]
+    length = _lengths(pattern, requests, is_causal)[number]
+    parts = np.maximum(-(-length // LONGEST_LIST), 1)
+    crosses = (heads // len(groups)) % (heads // kv_heads) != 0
+    used = np.where((parts > 1) | crosses, parts * len(groups), 0)
+    slot = np.cumsum(used) - used
+    cut = np.flatnonzero(used)
+    split = np.stack([np.array(documents.key_base)[own], spans[own, 1], block, slot, slot + used], 1)[cut]
+    which = np.repeat(np.arange(len(block)), parts)
+    turn = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
+    order = np.argsort(turn * LONGEST_LIST - length[which], kind="stable")
+    which, turn = which[order], turn[order]
+    slots = np.where(used[which] > 0, slot[which] + turn, -1)
+    entries = _entries(documents, own[which], block[which], number[which], turn, parts[which], slots)
+    shown = _shown(pattern, -(-max(documents.length) // size), is_causal, heads, 1, device)
+    lists = fused_block_lists.list_blocks(shown, requests, by_key=True)
+    entries_there, split_there = to_device(device, entries, split)
+    is_full = int(spans[:, 1].sum()) == documents.rows * documents.keys
+    walk = Walk(entries_there, lists, LONGEST_LIST, is_full)
+    return walk, Split(split_there, int(used.sum()))
+
+
+@lru_cache(maxsize=KEPT)
+def _shown(
+    pattern: BlockSparsePattern, blocks: int, is_causal: bool, heads: int, each: int, device: torch.device
+) -> "Shown":
+    """What the groups of heads see; every group ``each`` times."""
+    groups = pattern.groups(heads)
+    for group in groups:
+        check_mask(group.parts, blocks)
+    return fused_block_lists.show([group for group in groups for _ in range(each)], blocks, is_causal, device)
+
+
+def _spans(documents: Documents) -> Integers:
+    """(documents, 2) first query and length."""
+    return np.array([documents.first_query, documents.length], dtype=np.int64).T
+
+
+def _blocks(first: Integers, stop: Integers) -> tuple[Integers, Integers]:
+    """The blocks of all documents, one after the other: which document, and which of its blocks."""
+    return np.repeat(np.arange(len(first)), stop - first), Spans(first, stop - first, 1).tokens()
+
+
+def _requests(spans: Integers, size: int, is_causal: bool, by_key: bool) -> tuple[Integers, Integers]:
+    """What to list: documents of one kind share their lists.
+
+    Returns:
+        Requests as :func:`hf_dilated.engine.fused_block_lists.list_blocks` takes them, and what to add to a block of
+        each document to get the number of its request.
+    """
+    kinds, kind = np.unique(spans, axis=0, return_inverse=True)
+    low, total = kinds[:, 0] // size, -(-kinds[:, 1] // size)
+    begin = np.zeros_like(low) if by_key else low
+    own, block = _blocks(begin, total)
+    low, total_of = low[own], total[own]
+    if is_causal:
+        low, high = (np.maximum(block, low), total_of) if by_key else (np.zeros_like(block), block + 1)
+        edge = np.where((block >= low) | (not by_key), block, -1)
+    else:  # keys beyond the end have no gradient, so by key their block needs no mask
+        low, high = low if by_key else np.zeros_like(block), total_of
+        edge = np.where((kinds[own, 1] % size > 0) & (not by_key), total_of - 1, -1)
+    offset = np.cumsum(total - begin) - total
+    return np.stack([block, low, high, edge], 1), offset[kind.reshape(-1)]
+
+
+def _entries(documents: Documents, own: Integers, block: Integers, *fields: Integers) -> Integers:
+    places = documents.key_base, documents.query_base, documents.first_query, documents.length
+    entries = np.stack([*(np.array(place, dtype=np.int64)[own] for place in places), block, *fields], 1)
+    assert entries.shape[1] == fused.FIELDS
     return entries
 
 
-class _Keys:
-    """The blocks of queries that see a block of keys; long lists are cut, and their parts get slots."""
-
-    def __init__(self, groups: list[Tiles], places: Tensor, size: int, is_causal: bool, crosses: bool) -> None:
-        blocks = -(-places[:, 3] // size)
-        first = blocks.cumsum(0) - blocks
-        document = torch.arange(len(places), device=places.device).repeat_interleave(blocks)
-        block = torch.arange(len(document), device=places.device) - first[document]
-        lists, starts, counts, edges, base = [], [], [], [], 0
-        for tiles in groups:
-            rows, count, edge = _seen_by(tiles, first, len(block), is_causal)
-            lists.append(rows)
-            starts.append(base + count.cumsum(0) - count)
-            counts.append(count)
-            edges.append(edge)
-            base += len(rows)
-        self.lists = torch.cat(lists)
-        parts = (-(-torch.stack(counts) // LONGEST_LIST)).amax(0).clamp(min=1)
-        has_slots = (parts > 1) | crosses
-        used = torch.where(has_slots, parts * len(groups), 0)
-        slot = used.cumsum(0) - used
-        self.slots = int(used.sum())
-        split = [places[document, 0], places[document, 3], block, slot, slot + used]
-        self.split = torch.stack(split, 1)[has_slots]
-        which = torch.arange(len(block), device=places.device).repeat_interleave(parts)
-        turn = torch.arange(len(which), device=places.device) - (parts.cumsum(0) - parts)[which]
-        entries = []
-        for number, (start, count, edge) in enumerate(zip(starts, counts, edges, strict=True)):
-            begin = start[which] + (turn * LONGEST_LIST).minimum(count[which])
-            end = start[which] + ((turn + 1) * LONGEST_LIST).minimum(count[which])
-            own = torch.where(turn == 0, edge[which], -1)
-            of_group = _entries(places, document[which], block[which], begin, end, own)
-            of_group[:, -1] = torch.where(has_slots[which], (slot + number * parts)[which] + turn, -1)
-            entries.append(of_group[(begin - end).argsort(stable=True)])
-        self.entries = torch.stack(entries)
-
-
-def _seen_by(tiles: Tiles, first: Tensor, key_blocks: int, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """For every block of keys: the rows that see it whole (a flat list and counts), and the row that is its edge."""
-    tile = torch.arange(len(tiles.row), device=first.device).repeat_interleave(tiles.stop - tiles.start)
-    count = tiles.stop - tiles.start
-    within = torch.arange(len(tile), device=first.device) - (count.cumsum(0) - count)[tile]
-    key_block = first[tiles.document[tile]] + tiles.blocks[tiles.start[tile] + within]
-    edge = torch.full((key_blocks,), -1, device=first.device)
-    has_edge = (tiles.edge >= 0).nonzero()[:, 0]
-    seen = (first[tiles.document] + tiles.edge)[has_edge]
-    if is_causal:
-        edge[seen] = tiles.row[has_edge]
-    else:  # keys beyond the end have no gradient, so their block needs no mask
-        tile, key_block = torch.cat([tile, has_edge]), torch.cat([key_block, seen])
-    order = key_block.argsort(stable=True)
-    return tiles.row[tile[order]], torch.bincount(key_block, minlength=key_blocks), edge
+def _lengths(pattern: BlockSparsePattern, requests: Integers, is_causal: bool) -> Integers:
+    """About how many rows see blocks of keys, at most over the heads; those that are drawn are not known here."""
+    block, low, high, _ = requests.T
+    lengths = [np.zeros_like(block)]
+    for parts in pattern.config.parts(pattern.layer):
+        near = (parts.local_blocks + parts.dilated_blocks + parts.random_blocks) * (1 if is_causal else 2)
+        is_popular = (block < parts.global_blocks) | (parts.block_mask is not None)
+        if k := parts.stride_blocks:
+            is_popular = is_popular | (block % k == k - 1)
+        lengths.append(np.where(is_popular, high - low, np.minimum(high - low, near + parts.global_blocks)))
+    longest: Integers = np.max(lengths, axis=0)
+    return longest
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

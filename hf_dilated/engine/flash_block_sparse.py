@@ -16,9 +16,10 @@ LARGEST_HEAD = 128
 
 
 class Lists(NamedTuple):
-    """Blocks that see each other, as its kernels read them: counts (1, h, blocks) and indices (1, h, blocks, most).
+    """Blocks that see each other, as its kernels and ours read them, in 32-bit integers.
 
-    ``edge`` are seen through the causal mask, ``whole`` without one; h is 1, or every query head.
+    Counts (1, h, L) and indices (1, h, L, most): for h groups of heads, of L blocks. ``edge`` are seen through a mask,
+    at most one each, and ``whole`` without one.
     """
 
     edge_count: Tensor
@@ -49,44 +50,6 @@ def refuses(
     if not all(parts.local_blocks for parts in pattern.config.parts(pattern.layer)):
         return "needs every token to see itself"
     return None
-
-
-def lists_of(entries: Tensor, items: Tensor, heads: int, rows: int, is_causal: bool) -> Lists:
-    """Bring lists into its form.
-
-    Args:
-        entries: (groups, E, FIELDS) as in :class:`hf_dilated.engine.fused_block_sparse.Tables`; of the first row.
-        items: The lists that they point into.
-        heads: Query heads H.
-        rows: Blocks of the document.
-        is_causal: Whether the edge of a block is its own block.
-    """
-    counts, lists = [], []
-    for group in entries.long():
-        block, start, length = group[:, 4], group[:, 5], group[:, 6] - group[:, 5]
-        which = torch.arange(len(group), device=items.device).repeat_interleave(length)
-        within = torch.arange(len(which), device=items.device) - (length.cumsum(0) - length)[which]
-        pairs = (block[which] * rows + items[start[which] + within]).sort().values
-        count = torch.bincount(pairs // rows, minlength=rows)
-        place = torch.arange(len(pairs), device=items.device) - (count.cumsum(0) - count)[pairs // rows]
-        padded = torch.zeros(rows, max(1, int(count.max())), dtype=torch.int32, device=items.device)
-        padded[pairs // rows, place] = (pairs % rows).int()
-        counts.append(count.int())
-        lists.append(padded)
-    widest = max(padded.shape[1] for padded in lists)
-    whole = torch.stack([torch.nn.functional.pad(padded, (0, widest - padded.shape[1])) for padded in lists])
-    whole_count = torch.stack(counts)
-    if len(lists) > 1:
-        whole, whole_count = (x.repeat_interleave(heads // len(lists), 0) for x in (whole, whole_count))
-    own = torch.arange(rows, dtype=torch.int32, device=items.device)[None, None, :, None]
-    edge_count = torch.full((1, 1, rows), int(is_causal), dtype=torch.int32, device=items.device)
-    shape = (1, len(whole), rows)
-    return Lists(
-        edge_count.expand(shape).contiguous(),
-        own.expand(*shape, 1).contiguous(),
-        whole_count[None].contiguous(),
-        whole[None].contiguous(),
-    )
 
 
 def forward(lists: Lists, is_causal: bool, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

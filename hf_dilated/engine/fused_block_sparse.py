@@ -1,9 +1,8 @@
 """Triton kernels for block-sparse attention: a program per block of queries (or keys) walks the list of its blocks.
 
-Tables say where the tokens of a block lie, so documents may start anywhere and queries may be the last of the keys.
-FIELDS of an entry: key base, query base, first query, length of its document; block; start and stop of its list; edge;
-slot. The edge is the block that is seen through a mask; a slot, if there is one, takes the gradient of a part of a long
-list.
+Entries say where the tokens of a block lie, so documents may start anywhere and queries may be the last of the keys.
+FIELDS of an entry: key base, query base, first query, length of its document; block; number of its list, which part of
+the list is meant and of how many; slot. A slot, if there is one, takes the gradient of a part of a long list.
 """
 
 from typing import NamedTuple
@@ -13,33 +12,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_dilated.engine.flash_block_sparse import Lists
+
 FIELDS = 9
 LOG2E = 1.4426950408889634
-LENGTHS = ["T", "U", "N", "M", "count"]  # arguments that change with the length: one program serves all
+LENGTHS = ["T", "U", "N", "M", "count", "lists", "widest"]  # change with the length: one program serves all
 
 
-class Tables(NamedTuple):
-    """What the kernels walk, as 32-bit integers on the device.
+class Walk(NamedTuple):
+    """What the kernels walk; integers on the device have 32 bits.
 
     Attributes:
-        queries: (groups of heads, T, FIELDS) blocks of queries, those with long lists first.
-        query_lists: Key blocks.
-        keys: (groups of heads, U, FIELDS) blocks of keys; long lists are cut into several entries.
-        key_lists: Query blocks.
-        split: (S, 5) key base, length, block, first and last slot + 1 of every key block with slots.
-        slots: How many slots there are.
-        is_even: Whether every block is whole.
-        covers: Whether every query of the batch belongs to a document.
+        entries: (T, FIELDS) blocks of queries (or parts of blocks of keys), those with long lists first.
+        lists: Blocks of keys (of queries) for the groups of heads.
+        longest: Blocks in a part of a list, but for the last one.
+        is_full: Whether every query (every key) of the batch belongs to a document.
     """
 
-    queries: Tensor
-    query_lists: Tensor
-    keys: Tensor
-    key_lists: Tensor
-    split: Tensor
+    entries: Tensor
+    lists: Lists
+    longest: int
+    is_full: bool
+
+
+class Split(NamedTuple):
+    """Blocks of keys whose gradient is added up from parts.
+
+    Attributes:
+        blocks: (S, 5) key base, length, block, first and last slot + 1.
+        slots: How many slots there are.
+    """
+
+    blocks: Tensor
     slots: int
-    is_even: bool
-    covers: bool
 
 
 class Sizes(NamedTuple):
@@ -59,28 +64,34 @@ def _entry(table, number, FIELDS: tl.constexpr):
     first_query = tl.load(entry + 2)
     length = tl.load(entry + 3)
     block = tl.load(entry + 4)
-    start = tl.load(entry + 5)
-    stop = tl.load(entry + 6)
-    edge = tl.load(entry + 7)
+    number = tl.load(entry + 5)
+    part = tl.load(entry + 6)
+    parts = tl.load(entry + 7)
     slot = tl.load(entry + 8)
-    return key_base, query_base, first_query, length, block, start, stop, edge, slot
+    return key_base, query_base, first_query, length, block, number, part, parts, slot
+
+
+@triton.jit
+def _list(COUNT, EDGE, EDGE_COUNT, number, part, parts, LONGEST: tl.constexpr):
+    """Where the part of a list starts and stops, and its edge; -1 if it has none."""
+    count = tl.load(COUNT + number)
+    start = tl.minimum(part * LONGEST, count)
+    stop = tl.where(part == parts - 1, count, tl.minimum(start + LONGEST, count))
+    has_edge = (part == 0) & (tl.load(EDGE_COUNT + number) > 0)
+    return start, stop, tl.where(has_edge, tl.load(EDGE + number), -1)
 
 
 @triton.jit
 def _load(
-    X, base, first, low, high, stride, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr
+    X, base, first, low, high, stride, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, INSIDE: tl.constexpr
 ):
-    """Rows ``first … first + ROWS`` of a document as (ROWS, WIDTH); those outside low … high are 0."""
+    """Rows ``first … first + ROWS`` of a document as (ROWS, WIDTH); those outside low … high are the nearest."""
     p = first + tl.arange(0, ROWS)
+    if not INSIDE:
+        p = tl.maximum(tl.minimum(p, high - 1), low)
     d = tl.arange(0, WIDTH)
     pointers = X + (base + p).to(tl.int64)[:, None] * stride + d[None, :]
-    if EVEN and D == WIDTH:
-        x = tl.load(pointers)
-    elif EVEN:
-        x = tl.load(pointers, mask=(d < D)[None, :], other=0.0)
-    else:
-        x = tl.load(pointers, mask=((p >= low) & (p < high))[:, None] & (d < D)[None, :], other=0.0)
-    return x
+    return tl.load(pointers) if D == WIDTH else tl.load(pointers, mask=(d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -112,18 +123,20 @@ def _attend(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _forward_kernel(
-    Q, K, V, OUT, LSE, table, lists, scale, T, N, M, H, GROUP, REPEATS,
+    Q, K, V, OUT, LSE, table, EDGE_COUNT, EDGE, COUNT, WHOLE, lists, widest, scale, N, M, H, GROUP, REPEATS,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     STEPS: tl.constexpr = (SIZE + COLUMNS - 1) // COLUMNS
     head = tl.program_id(0) % H
     place = tl.program_id(0) // H
-    number = (head // GROUP) * T + place // PARTS
-    key_base, query_base, first_query, length, block, start, stop, edge, _ = _entry(table, number, FIELDS)
+    key_base, query_base, first_query, length, block, number, part, parts, _ = _entry(table, place // PARTS, FIELDS)
+    number += (head // GROUP) * lists
+    start, stop, edge = _list(COUNT, EDGE, EDGE_COUNT, number, part, parts, LONGEST)
+    items = WHOLE + number.to(tl.int64) * widest
     first = block * SIZE + (place % PARTS) * ROWS
     row = (key_base // M).to(tl.int64)
     key_slot = key_base % M
@@ -139,7 +152,7 @@ def _forward_kernel(
         ROWS,
         D,
         WIDTH,
-        EVEN,
+        False,
     )
     kv_head = (head // REPEATS).to(tl.int64)
     k_base = row * k_row + kv_head * k_head
@@ -148,12 +161,12 @@ def _forward_kernel(
     acc = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    seen = tl.load(lists + start, mask=start < stop, other=0)
+    seen = tl.load(items + start, mask=start < stop, other=0)
     for index in range(start * STEPS, stop * STEPS):
         first_key = seen * SIZE + (index % STEPS) * COLUMNS
         stop_key = seen * SIZE + SIZE
         following = (index + 1) // STEPS
-        seen = tl.load(lists + following, mask=following < stop, other=0)
+        seen = tl.load(items + following, mask=following < stop, other=0)
         acc, largest, total = _attend(
             q, K, V, k_base, v_base, first_key, stop_key, key_slot, p_q, k_token, v_token, scale, acc, largest, total,
             COLUMNS, D, DV, WIDTH, VALUE_WIDTH, SIZE < COLUMNS, False, PRECISION,
@@ -176,20 +189,19 @@ def _forward_kernel(
 
 
 def forward(
-    tables: Tables, size: int, is_causal: bool, q: Tensor, k: Tensor, v: Tensor, scale: float
+    walk: Walk, size: int, is_causal: bool, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend: output (B, H, N, Dv), stored token by token, and LSE (B, H, N) in float32."""
     B, H, N, _ = q.shape
-    fresh = q.new_empty if tables.covers else q.new_zeros
+    fresh = q.new_empty if walk.is_full else q.new_zeros
     output = fresh((B, N, H, v.shape[3]))
     lse = q.new_full((B, H, N), -torch.inf, dtype=torch.float32)
     sizes = _sizes(FORWARD, q, v, size)
-    entries = tables.queries.shape[1] * triton.cdiv(size, sizes.rows)
+    entries = len(walk.entries) * triton.cdiv(size, sizes.rows)
     _forward_kernel[(entries * H,)](
-        q, k, v, output, lse, tables.queries, tables.query_lists, scale * LOG2E, *_counts(tables.queries, q, k),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        size, sizes.rows, sizes.columns, *_widths(q, v), is_causal, _is_even(tables, size, sizes), _precision(q),
-        FIELDS, num_warps=sizes.warps, num_stages=sizes.stages,
+        q, k, v, output, lse, *_walked(walk), scale * LOG2E, *_counts(walk, q, k), *_strides(q, k, v),
+        size, sizes.rows, sizes.columns, *_widths(q, v), is_causal, _precision(q),
+        FIELDS, walk.longest, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     return output.transpose(1, 2), lse
 
@@ -207,19 +219,23 @@ def _sizes(choice: tuple[Sizes, Sizes], q: Tensor, v: Tensor, size: int) -> Size
     return Sizes(min(rows, least), min(columns, least), warps if is_whole else 4, stages)
 
 
-def _counts(table: Tensor, q: Tensor, k: Tensor) -> tuple[int, ...]:
-    groups, entries, _ = table.shape
-    H = q.shape[1]
-    return entries, q.shape[2], k.shape[2], H, H // groups, H // k.shape[1]
+def _walked(walk: Walk) -> tuple[Tensor | int, ...]:
+    return walk.entries, *walk.lists, *walk.lists.whole.shape[2:]
+
+
+def _counts(walk: Walk, q: Tensor, k: Tensor) -> tuple[int, ...]:
+    H, groups = q.shape[1], walk.lists.whole.shape[1]
+    return q.shape[2], k.shape[2], H, H // groups, H // k.shape[1]
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of rows, heads and tokens; that of a single row may not fit into 32 bits, for which another program would do."""
+    return [stride for x in tensors for stride in (x.stride(0) if len(x) > 1 else 0, *x.stride()[1:3])]
 
 
 def _widths(q: Tensor, v: Tensor) -> tuple[int, ...]:
     D, DV = q.shape[3], v.shape[3]
     return D, DV, max(16, triton.next_power_of_2(D)), max(16, triton.next_power_of_2(DV))
-
-
-def _is_even(tables: Tables, size: int, sizes: Sizes) -> bool:
-    return tables.is_even and size >= max(sizes.rows, sizes.columns)
 
 
 def _precision(q: Tensor) -> str:

@@ -13,13 +13,16 @@ from hf_dilated.engine.fused_block_sparse import (
     LENGTHS,
     LOG2E,
     Sizes,
-    Tables,
+    Split,
+    Walk,
     _counts,
     _entry,
-    _is_even,
+    _list,
     _load,
     _precision,
     _sizes,
+    _strides,
+    _walked,
     _widths,
 )
 
@@ -67,28 +70,31 @@ def _query_step(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _query_kernel(
-    Q, K, V, GRAD, LSE, DELTA, OUT, table, lists, scale, factor, T, N, M, H, GROUP, REPEATS,
+    Q, K, V, GRAD, LSE, DELTA, OUT, table, EDGE_COUNT, EDGE, COUNT, WHOLE, lists, widest, scale, factor,
+    N, M, H, GROUP, REPEATS,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the queries of a block."""
     PARTS: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     STEPS: tl.constexpr = (SIZE + COLUMNS - 1) // COLUMNS
     head = tl.program_id(0) % H
     place = tl.program_id(0) // H
-    number = (head // GROUP) * T + place // PARTS
-    key_base, query_base, first_query, length, block, start, stop, edge, _ = _entry(table, number, FIELDS)
+    key_base, query_base, first_query, length, block, number, part, parts, _ = _entry(table, place // PARTS, FIELDS)
+    number += (head // GROUP) * lists
+    start, stop, edge = _list(COUNT, EDGE, EDGE_COUNT, number, part, parts, LONGEST)
+    items = WHOLE + number.to(tl.int64) * widest
     first = block * SIZE + (place % PARTS) * ROWS
     row = (key_base // M).to(tl.int64)
     key_slot = key_base % M
     query_slot = query_base - row.to(tl.int32) * N
     last = tl.minimum(length, block * SIZE + SIZE)
     own = head.to(tl.int64)
-    q = _load(Q + row * q_row + own * q_head, query_slot, first, first_query, last, q_token, ROWS, D, WIDTH, EVEN)
+    q = _load(Q + row * q_row + own * q_head, query_slot, first, first_query, last, q_token, ROWS, D, WIDTH, False)
     grad = _load(
-        GRAD + row * g_row + own * g_head, query_slot, first, first_query, last, g_token, ROWS, DV, VALUE_WIDTH, EVEN
+        GRAD + row * g_row + own * g_head, query_slot, first, first_query, last, g_token, ROWS, DV, VALUE_WIDTH, False
     )
     kv_head = (head // REPEATS).to(tl.int64)
     k_base = row * k_row + kv_head * k_head
@@ -100,12 +106,12 @@ def _query_kernel(
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = tl.load(DELTA + index_of, mask=is_query, other=0.0)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
-    seen = tl.load(lists + start, mask=start < stop, other=0)
+    seen = tl.load(items + start, mask=start < stop, other=0)
     for index in range(start * STEPS, stop * STEPS):
         first_key = seen * SIZE + (index % STEPS) * COLUMNS
         stop_key = seen * SIZE + SIZE
         following = (index + 1) // STEPS
-        seen = tl.load(lists + following, mask=following < stop, other=0)
+        seen = tl.load(items + following, mask=following < stop, other=0)
         total = _query_step(
             q, grad, lse, delta, K, V, k_base, v_base, first_key, stop_key, key_slot, p_q, k_token, v_token, scale,
             total,
@@ -127,10 +133,10 @@ def _query_kernel(
 def _key_step(
     k, v, Q, GRAD, LSE, DELTA, query_slot, first, low, high, p_k, q_token, g_token, scale, grad_k, grad_v,
     ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    q = _load(Q, query_slot, first, low, high, q_token, ROWS, D, WIDTH, EVEN)
-    grad = _load(GRAD, query_slot, first, low, high, g_token, ROWS, DV, VALUE_WIDTH, EVEN)
+    q = _load(Q, query_slot, first, low, high, q_token, ROWS, D, WIDTH, False)
+    grad = _load(GRAD, query_slot, first, low, high, g_token, ROWS, DV, VALUE_WIDTH, False)
     p_q = first + tl.arange(0, ROWS)
     is_query = (p_q >= low) & (p_q < high)
     lse = tl.load(LSE + query_slot + p_q, mask=is_query, other=float("inf")) * 1.4426950408889634
@@ -149,11 +155,12 @@ def _key_step(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _key_kernel(
-    Q, K, V, GRAD, LSE, DELTA, GRAD_K, GRAD_V, PART_K, PART_V, table, lists, scale, factor, U, N, M, H, GROUP, REPEATS,
+    Q, K, V, GRAD, LSE, DELTA, GRAD_K, GRAD_V, PART_K, PART_V, table, EDGE_COUNT, EDGE, COUNT, WHOLE, lists, widest,
+    scale, factor, U, N, M, H, GROUP, REPEATS,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the keys and values of a block, of the heads of a group that share a key-value head."""
     PARTS: tl.constexpr = (SIZE + COLUMNS - 1) // COLUMNS
@@ -161,17 +168,22 @@ def _key_kernel(
     G = H // REPEATS
     kv_head = tl.program_id(0) % G
     place = tl.program_id(0) // G
-    number = place // PARTS
-    group = number // U
-    key_base, query_base, first_query, length, block, start, stop, edge, slot = _entry(table, number, FIELDS)
+    group = place // PARTS // U
+    key_base, query_base, first_query, length, block, number, part, parts, slot = _entry(
+        table, place // PARTS % U, FIELDS
+    )
+    slot = tl.where(slot < 0, slot, slot + group * parts)
+    number += group * lists
+    start, stop, edge = _list(COUNT, EDGE, EDGE_COUNT, number, part, parts, LONGEST)
+    items = WHOLE + number.to(tl.int64) * widest
     first = block * SIZE + (place % PARTS) * COLUMNS
     row = (key_base // M).to(tl.int64)
     key_slot = key_base % M
     query_slot = query_base - row.to(tl.int32) * N
     last = tl.minimum(length, block * SIZE + SIZE)
     shared = kv_head.to(tl.int64)
-    k = _load(K + row * k_row + shared * k_head, key_slot, first, 0, last, k_token, COLUMNS, D, WIDTH, EVEN)
-    v = _load(V + row * v_row + shared * v_head, key_slot, first, 0, last, v_token, COLUMNS, DV, VALUE_WIDTH, EVEN)
+    k = _load(K + row * k_row + shared * k_head, key_slot, first, 0, last, k_token, COLUMNS, D, WIDTH, False)
+    v = _load(V + row * v_row + shared * v_head, key_slot, first, 0, last, v_token, COLUMNS, DV, VALUE_WIDTH, False)
     p_k = first + tl.arange(0, COLUMNS)
     grad_k = tl.zeros((COLUMNS, WIDTH), tl.float32)
     grad_v = tl.zeros((COLUMNS, VALUE_WIDTH), tl.float32)
@@ -185,23 +197,23 @@ def _key_kernel(
         GRAD_own = GRAD + row * g_row + own * g_head
         LSE_own = LSE + (row * H + own) * N
         DELTA_own = DELTA + (row * H + own) * N
-        seen = tl.load(lists + start, mask=start < stop, other=0)
+        seen = tl.load(items + start, mask=start < stop, other=0)
         for index in range(start * STEPS, stop * STEPS):
             first_of = seen * SIZE + (index % STEPS) * ROWS
             high = tl.minimum(length, seen * SIZE + SIZE)
             following = (index + 1) // STEPS
-            seen = tl.load(lists + following, mask=following < stop, other=0)
+            seen = tl.load(items + following, mask=following < stop, other=0)
             grad_k, grad_v = _key_step(
                 k, v, Q_own, GRAD_own, LSE_own, DELTA_own, query_slot, first_of, first_query, high, p_k,
                 q_token, g_token, scale, grad_k, grad_v,
-                ROWS, D, DV, WIDTH, VALUE_WIDTH, False, EVEN, PRECISION,
+                ROWS, D, DV, WIDTH, VALUE_WIDTH, False, PRECISION,
             )  # fmt: skip
         if edge >= 0:
             for step in range(0, STEPS):
                 grad_k, grad_v = _key_step(
                     k, v, Q_own, GRAD_own, LSE_own, DELTA_own, query_slot, edge * SIZE + step * ROWS, first_query,
                     tl.minimum(length, edge * SIZE + SIZE), p_k, q_token, g_token, scale, grad_k, grad_v,
-                    ROWS, D, DV, WIDTH, VALUE_WIDTH, IS_CAUSAL, EVEN, PRECISION,
+                    ROWS, D, DV, WIDTH, VALUE_WIDTH, IS_CAUSAL, PRECISION,
                 )  # fmt: skip
     grad_k = grad_k * factor
     d, e = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
@@ -242,8 +254,8 @@ def _sum_kernel(PART, OUT, split, G, SIZE: tl.constexpr, D: tl.constexpr, WIDTH:
 
 
 def backward(
-    tables: Tables, size: int, is_causal: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor,
-    lse: Tensor, scale: float,
+    queries: Walk, keys: Walk, split: Split, size: int, is_causal: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    output: Tensor, lse: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`forward` by query, key and value; ``output`` and ``lse`` are what it returned."""
     B, H, N, D = q.shape
@@ -251,31 +263,32 @@ def backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     _delta_kernel[(triton.cdiv(B * N, 32) * H,)](
-        grad, output, delta, B * N, N, H, *grad.stride()[:3], *output.stride()[:3], DV, triton.next_power_of_2(DV), 32
+        grad, output, delta, B * N, N, H, *_strides(grad, output), DV, triton.next_power_of_2(DV), 32
     )
-    fresh = q.new_empty if tables.covers else q.new_zeros
-    grad_q, grad_k, grad_v = fresh((B, N, H, D)), k.new_zeros((B, M, G, D)), v.new_zeros((B, M, G, DV))
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
+    grad_q = (q.new_empty if queries.is_full else q.new_zeros)((B, N, H, D))
+    grad_k, grad_v = ((x.new_empty if keys.is_full else x.new_zeros)((B, M, G, x.shape[3])) for x in (k, v))
+    strides = _strides(q, k, v, grad)
     scales = scale * LOG2E, scale
     sizes = _sizes(QUERY, q, v, size)
-    entries = tables.queries.shape[1] * triton.cdiv(size, sizes.rows)
+    entries = len(queries.entries) * triton.cdiv(size, sizes.rows)
     _query_kernel[(entries * H,)](
-        q, k, v, grad, lse, delta, grad_q, tables.queries, tables.query_lists, *scales, *_counts(tables.queries, q, k),
-        *strides, size, sizes.rows, sizes.columns, *_widths(q, v), is_causal, _is_even(tables, size, sizes),
-        _precision(q), FIELDS, num_warps=sizes.warps, num_stages=sizes.stages,
+        q, k, v, grad, lse, delta, grad_q, *_walked(queries), *scales, *_counts(queries, q, k),
+        *strides, size, sizes.rows, sizes.columns, *_widths(q, v), is_causal,
+        _precision(q), FIELDS, queries.longest, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     sizes = _sizes(KEY, q, v, size)
-    parts = [q.new_empty((tables.slots, G, size, d), dtype=torch.float32) for d in (D, DV)]
-    entries = tables.keys.shape[0] * tables.keys.shape[1] * triton.cdiv(size, sizes.columns)
+    parts = [q.new_empty((split.slots, G, size, d), dtype=torch.float32) for d in (D, DV)]
+    entries = len(keys.entries) * keys.lists.whole.shape[1] * triton.cdiv(size, sizes.columns)
     _key_kernel[(entries * G,)](
-        q, k, v, grad, lse, delta, grad_k, grad_v, *parts, tables.keys, tables.key_lists, *scales,
-        *_counts(tables.keys, q, k), *strides, size, sizes.rows, sizes.columns, *_widths(q, v), is_causal,
-        _is_even(tables, size, sizes), _precision(q), FIELDS, num_warps=sizes.warps, num_stages=sizes.stages,
+        q, k, v, grad, lse, delta, grad_k, grad_v, *parts, *_walked(keys), *scales, len(keys.entries),
+        *_counts(keys, q, k), *strides, size, sizes.rows, sizes.columns, *_widths(q, v), is_causal,
+        _precision(q), FIELDS, keys.longest,
+        num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
-    if len(tables.split):
+    if split.slots:
         for part, out in zip(parts, (grad_k, grad_v), strict=True):
             d = out.shape[3]
-            _sum_kernel[(len(tables.split) * triton.cdiv(size, 32) * G,)](
-                part, out, tables.split, G, size, d, triton.next_power_of_2(d), 32
+            _sum_kernel[(len(split.blocks) * triton.cdiv(size, 32) * G,)](
+                part, out, split.blocks, G, size, d, triton.next_power_of_2(d), 32
             )
     return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)

@@ -121,7 +121,7 @@ class BlockSparsePattern:
         blocks = -(-length // self.config.block_size)
         seen = torch.zeros(heads, blocks * blocks, dtype=torch.bool)
         for group in self.groups(heads):
-            _check_mask(group.parts, blocks)
+            check_mask(group.parts, blocks)
             pairs = visited_pairs(group.parts, 0, blocks, is_causal, group.stream, "cpu")
             seen[group.heads.start : group.heads.stop, pairs] = True
         return seen.unflatten(1, (blocks, blocks))
@@ -138,7 +138,7 @@ class BlockSparsePattern:
         within = torch.arange(size, device=position.device)
         rows = []
         for group in self.groups(heads):
-            _check_mask(group.parts, blocks)
+            check_mask(group.parts, blocks)
             seen = earlier_blocks(group.parts, position // size, blocks, group.stream)
             seen = (seen[:, :, None] * size + within).flatten(1)  # (B, K)
             rows.append(seen[:, None].expand(-1, len(group.heads), -1))
@@ -163,7 +163,7 @@ class BlockSparsePattern:
         blocks = -(-length // size)
         rows = []
         for group in self.groups(heads):
-            _check_mask(group.parts, blocks)
+            check_mask(group.parts, blocks)
             seen = earlier_blocks(group.parts, position.clamp(min=0) // size, blocks, group.stream)
             shown = torch.zeros(len(position), blocks + 1, device=position.device)
             shown.scatter_(1, seen.clamp(max=blocks), 1.0)
@@ -178,7 +178,7 @@ class BlockSparsePattern:
         """List the blocks of queries that lie in documents, with the blocks of keys that they see."""
         size = self.config.block_size
         longest = -(-max(documents.length, default=0) // size)
-        _check_mask(group.parts, longest)
+        check_mask(group.parts, longest)
         length, first = (
             torch.tensor(x, dtype=torch.long, device=device) for x in (documents.length, documents.first_query)
         )
@@ -237,7 +237,8 @@ class BlockSparsePattern:
         return levels + rectangle(group.heads, query, key)
 
 
-def _check_mask(parts: BlockParts, blocks: int) -> None:
+def check_mask(parts: BlockParts, blocks: int) -> None:
+    """Refuse documents of more blocks than a mask has."""
     if parts.block_mask is not None and blocks > len(parts.block_mask):
         raise ValueError(
             f"block_mask: has {len(parts.block_mask)} rows, but the input needs {blocks}; make the mask for the "

@@ -127,6 +127,11 @@ def stream_of(seed: int, layer: int, group: int) -> int:
     return state
 
 
+def random_number(turn: int, row: Tensor, stream: int) -> Tensor:
+    """A number of 31 bits for every row (R,): the same on every machine, whatever else is drawn."""
+    return (_mix(row * _signed(ODD[0]) + _signed((turn * ODD[2] + stream) & MASK)) >> 33) & (MASK >> 33)
+
+
 def _mix_whole(x: int) -> int:
     """The finisher of SplitMix64 (Steele, Lea and Flood, 2014)."""
     x = ((x ^ (x >> 30)) * ODD[1]) & MASK
@@ -156,8 +161,7 @@ def _draws(count: int, row: Tensor, seen: Tensor, stream: int) -> Tensor:
     drawn: list[Tensor] = []
     for turn in range(count):
         last = (unseen - count).clamp(min=0) + turn
-        number = (_mix(row * _signed(ODD[0]) + _signed((turn * ODD[2] + stream) & MASK)) >> 33) & (MASK >> 33)
-        rank = number * (last + 1) >> 31
+        rank = random_number(turn, row, stream) * (last + 1) >> 31
         if drawn:
             rank = torch.where((torch.stack(drawn) == rank).any(0), last, rank)
         drawn.append(rank)

@@ -1,0 +1,237 @@
+"""Triton kernels that list which blocks see each other: a launch for all heads, and nothing that asks the host.
+
+A program goes over the candidates of one block and writes those that the parts show, in order. What is random is drawn
+first, in a launch of its own, as :mod:`hf_dilated.patterns.blocks` draws it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_dilated.config import BlockParts
+from hf_dilated.engine.flash_block_sparse import Lists
+from hf_dilated.patterns.block_sparse import Group
+from hf_dilated.patterns.blocks import random_number
+from hf_dilated.patterns.documents import Integers
+
+FIELDS = 7
+CANDIDATES = 256  # that a program looks at in one step
+LARGEST_POWER = 30  # of a distance in blocks
+ALIGNED = 4  # 32-bit integers: Triton compiles one program for all tables that begin there
+LENGTHS = ["blocks", "count", "widest"]  # arguments that change with the length: one program serves all
+
+
+class Shown(NamedTuple):
+    """What groups of heads see, on the device.
+
+    Attributes:
+        groups: The groups.
+        blocks: Of the longest document.
+        is_causal: Whether rows see only earlier blocks.
+        parts: (h, FIELDS) int32: local, global, strided and dilated blocks, rows of the mask and where they begin,
+            random blocks.
+        masks: int32, the bits of all masks row by row.
+        drawn: (h, blocks, most) int32 random blocks before each row, -1 for none.
+    """
+
+    groups: tuple[Group, ...]
+    blocks: int
+    is_causal: bool
+    parts: Tensor
+    masks: Tensor
+    drawn: Tensor
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether a group has a mask of its own."""
+        return any(group.parts.block_mask is not None for group in self.groups)
+
+
+@triton.jit
+def _shows(i, j, is_inside, own, masks, HAS_MASK: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """Whether rows i see blocks j by a part that is not random."""
+    distance = tl.abs(i - j)
+    first = tl.load(own + 1)
+    stride = tl.load(own + 2)
+    shown = (distance < tl.load(own)) | (j < first)
+    if not IS_CAUSAL:
+        shown = shown | (i < first)
+    shown = shown | (j % tl.maximum(stride, 1) == stride - 1)
+    is_power = (distance > 0) & ((distance & (distance - 1)) == 0)
+    shown = shown | (is_power & (distance < (1 << tl.load(own + 3))))
+    if HAS_MASK:
+        rows = tl.load(own + 4)
+        place = tl.load(own + 5) + i * ((rows + 31) // 32) + j // 32
+        word = tl.load(masks + place, mask=is_inside & (i < rows) & (j < rows), other=0)
+        shown = shown | (((word >> (j % 32)) & 1) == 1)
+    return shown & is_inside
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _draw_kernel(
+    DRAWN, parts, masks, numbers, blocks,
+    MOST: tl.constexpr, TURNS: tl.constexpr, FIELDS: tl.constexpr, CANDIDATES: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Draw blocks before a row's own one that no part shows: Floyd's ranks among them, then the blocks of the ranks."""
+    i = tl.program_id(0) % blocks
+    own = parts + (tl.program_id(0) // blocks) * FIELDS
+    place = tl.program_id(0).to(tl.int64) * MOST
+    count = tl.load(own + 6)
+    unseen = i * 0
+    for begin in range(0, i, CANDIDATES):
+        j = begin + tl.arange(0, CANDIDATES)
+        unseen += tl.sum(((j < i) & ~_shows(i + j * 0, j, j < i, own, masks, HAS_MASK, True)).to(tl.int32), 0)
+    turn = tl.arange(0, TURNS)
+    ranks = tl.full((TURNS,), -1, tl.int32)
+    for t in range(0, MOST):
+        last = tl.maximum(unseen - count, 0) + t
+        rank = ((tl.load(numbers + place + t).to(tl.int64) * (last + 1)) >> 31).to(tl.int32)
+        rank = tl.where(tl.sum((ranks == rank).to(tl.int32), 0) > 0, last, rank)
+        ranks = tl.where((turn == t) & (t < count) & (t < unseen), rank, ranks)
+    drawn = tl.full((TURNS,), -1, tl.int32)
+    before = i * 0
+    for begin in range(0, i, CANDIDATES):
+        j = begin + tl.arange(0, CANDIDATES)
+        is_unseen = (j < i) & ~_shows(i + j * 0, j, j < i, own, masks, HAS_MASK, True)
+        rank_of = before + tl.cumsum(is_unseen.to(tl.int32), 0) - 1
+        is_drawn = is_unseen[:, None] & (rank_of[:, None] == ranks[None, :])
+        drawn = tl.maximum(drawn, tl.max(tl.where(is_drawn, j[:, None], -1), 0))
+        before += tl.sum(is_unseen.to(tl.int32), 0)
+    tl.store(DRAWN + place + turn, drawn, mask=turn < MOST)
+
+
+@triton.jit
+def _seen(
+    c, block, is_inside, own, masks, drawn,
+    MOST: tl.constexpr, HAS_MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, BY_KEY: tl.constexpr,
+):  # fmt: skip
+    """Whether a block of queries sees the candidates c among the keys; by key, whether these rows see a block."""
+    if BY_KEY:
+        seen = _shows(c, block + c * 0, is_inside, own, masks, HAS_MASK, IS_CAUSAL)
+    else:
+        seen = _shows(block + c * 0, c, is_inside, own, masks, HAS_MASK, IS_CAUSAL)
+    for t in range(0, MOST):
+        if not BY_KEY or not IS_CAUSAL:
+            seen = seen | (c == tl.load(drawn + block * MOST + t))
+        if BY_KEY or not IS_CAUSAL:
+            seen = seen | (tl.load(drawn + c * MOST + t, mask=is_inside, other=-1) == block)
+    return seen & is_inside
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _list_kernel(
+    WHOLE, COUNT, EDGE, EDGE_COUNT, requests, parts, masks, drawn, blocks, count, widest,
+    MOST: tl.constexpr, FIELDS: tl.constexpr, CANDIDATES: tl.constexpr, HAS_MASK: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, BY_KEY: tl.constexpr,
+):  # fmt: skip
+    """List what one block sees, or what sees it; requests: block, first and last + 1 candidate, its edge."""
+    head = tl.program_id(0) // count
+    own = parts + head * FIELDS
+    request = requests + (tl.program_id(0) % count) * 4
+    block = tl.load(request)
+    low = tl.load(request + 1)
+    high = tl.load(request + 2)
+    edge = tl.load(request + 3)
+    place = tl.program_id(0).to(tl.int64)
+    written = block * 0
+    has_edge = block * 0
+    for begin in range(low, high, CANDIDATES):
+        c = begin + tl.arange(0, CANDIDATES)
+        seen = _seen(
+            c, block, c < high, own, masks, drawn + head.to(tl.int64) * blocks * MOST, MOST, HAS_MASK, IS_CAUSAL, BY_KEY
+        )
+        whole = (seen & (c != edge)).to(tl.int32)
+        at = written + tl.cumsum(whole, 0) - 1
+        tl.store(WHOLE + place * widest + at, c, mask=whole == 1)
+        written += tl.sum(whole, 0)
+        has_edge += tl.sum((seen & (c == edge)).to(tl.int32), 0)
+    for begin in range(written, widest, CANDIDATES):
+        at = begin + tl.arange(0, CANDIDATES)
+        tl.store(WHOLE + place * widest + at, at * 0, mask=at < widest)
+    tl.store(COUNT + place, written)
+    tl.store(EDGE + place, tl.maximum(edge, 0))
+    tl.store(EDGE_COUNT + place, has_edge)
+
+
+def show(groups: Sequence[Group], blocks: int, is_causal: bool, device: torch.device) -> Shown:
+    """Bring what groups of heads see to the device, and draw what is random."""
+    most = max(group.parts.random_blocks for group in groups)
+    masks = [_words(group.parts) for group in groups]
+    offsets = np.cumsum([0, *(len(mask) for mask in masks)])
+    fields = [_fields(group.parts, offset) for group, offset in zip(groups, offsets, strict=False)]
+    row = torch.arange(blocks)
+    numbers = [[random_number(turn, row, group.stream).numpy() for turn in range(most)] for group in groups]
+    by_row = np.array(numbers, dtype=np.int64).reshape(len(groups), most, blocks).swapaxes(1, 2)
+    parts, words, random = to_device(device, np.array(fields), np.concatenate(masks), by_row)
+    drawn = torch.empty(len(groups), blocks, most, dtype=torch.int32, device=device)
+    shown = Shown(tuple(groups), blocks, is_causal, parts, words, drawn)
+    if most:
+        _draw_kernel[(len(groups) * blocks,)](
+            drawn, parts, words, random, blocks,
+            most, triton.next_power_of_2(most), FIELDS, CANDIDATES, shown.has_mask,
+        )  # fmt: skip
+    return shown
+
+
+def list_blocks(shown: Shown, requests: Integers, *, by_key: bool) -> Lists:
+    """List for all groups of heads what blocks see, or by key what sees them.
+
+    Args:
+        shown: What the groups see.
+        requests: (L, 4) block; first and last + 1 of its candidates; its edge: the one seen through a mask, or -1.
+        by_key: Whether the blocks are of keys, and the candidates of queries.
+    """
+    device, shape = shown.parts.device, (1, len(shown.groups), len(requests))
+    (on_device,) = to_device(device, requests)
+    widest = max(_most_seen(group.parts, shown.blocks, shown.is_causal, by_key) for group in shown.groups)
+    edge_count, whole_count = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
+    edge, whole = (torch.empty(*shape, width, dtype=torch.int32, device=device) for width in (1, widest))
+    _list_kernel[(shape[1] * shape[2],)](
+        whole, whole_count, edge, edge_count, on_device, shown.parts, shown.masks, shown.drawn, shown.blocks, shape[2],
+        widest, shown.drawn.shape[2], FIELDS, CANDIDATES, shown.has_mask, shown.is_causal, by_key,
+    )  # fmt: skip
+    return Lists(edge_count, edge, whole_count, whole)
+
+
+def to_device(device: torch.device, *tables: Integers) -> list[Tensor]:
+    """Bring tables to a device as 32-bit integers, in one transfer."""
+    starts = np.cumsum([0, *(-(-table.size // ALIGNED) * ALIGNED for table in tables)])
+    host = np.zeros(starts[-1], dtype=np.int32)
+    for start, table in zip(starts, tables, strict=False):
+        host[start : start + table.size] = table.ravel()
+    joined = torch.from_numpy(host).to(device)
+    return [joined[a : a + x.size].view(x.shape) for a, x in zip(starts.tolist(), tables, strict=False)]
+
+
+def _fields(parts: BlockParts, offset: int) -> list[int]:
+    dilated = min(parts.dilated_blocks, LARGEST_POWER)
+    rows = len(parts.block_mask or ())
+    return [parts.local_blocks, parts.global_blocks, parts.stride_blocks, dilated, rows, offset, parts.random_blocks]
+
+
+def _words(parts: BlockParts) -> Integers:
+    """The mask's bits, a row in whole 32-bit integers."""
+    if parts.block_mask is None:
+        return np.zeros(0, dtype=np.int64)
+    bits = np.stack(parts.mask_bits())
+    padded = np.pad(bits, ((0, 0), (0, -len(bits) % 32)))
+    return np.packbits(padded, axis=1, bitorder="little").view("<i4").ravel().astype(np.int64)
+
+
+def _most_seen(parts: BlockParts, blocks: int, is_causal: bool, by_key: bool) -> int:
+    """Upper bound of the length of a list."""
+    both_ways = 1 if is_causal else 2
+    near = both_ways * (parts.local_blocks + parts.dilated_blocks)
+    sees_all = parts.global_blocks and (by_key or not is_causal)
+    if sees_all or (parts.random_blocks and (by_key or not is_causal)):
+        return blocks
+    if by_key and (parts.stride_blocks or parts.block_mask is not None):
+        return blocks
+    far = parts.global_blocks + parts.random_blocks + (-(-blocks // parts.stride_blocks) if parts.stride_blocks else 0)
+    marked = max((int(bits.sum()) for bits in parts.mask_bits()), default=0)
+    return max(1, min(blocks, near + far + marked))
