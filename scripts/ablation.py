@@ -13,6 +13,7 @@ are finished make ablation.jsonl, a line each, and ablation.md.
 import gc
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from train_base import is_held_out, read_library
+from train_base import STANDARD_LIBRARY, is_held_out, read_library
 from train_long_context import ModelArguments, load_model, make_rows, make_trainer
 from training.cost import operations, seconds_a_step
 from training.deadline import EXIT_CODE, Deadline, OutOfTime
@@ -56,6 +57,7 @@ class Setting:
     """What all variants share."""
 
     model: str
+    sources: str
     max_length: int
     trained: int
     steps: int
@@ -82,7 +84,7 @@ class Sources:
 
     @cached_property
     def _texts(self) -> dict[bool, dict[str, str]]:
-        texts = read_library()
+        texts = read_library(Path(self.setting.sources))
         return {kind: {p: text for p, text in texts.items() if is_held_out(p) == kind} for kind in (True, False)}
 
     def _joined(self, held_out: bool) -> dict[str, str]:
@@ -241,6 +243,7 @@ class Trial:
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
         model.to(torch.bfloat16).save_pretrained(self.folder / "model")
         self.sources.tokenizer.save_pretrained(self.folder / "model")
+        shutil.rmtree(arguments.output_dir)
         seconds = training_seconds(log, setting.rows * setting.max_length)
         save(self.part("log"), {"training_seconds": seconds, "log": log})
 
@@ -263,6 +266,7 @@ def write(trials: list[Trial], output: Path) -> None:
 def main(
     output: Annotated[Path, typer.Option(help="Folder for the variants, ablation.jsonl and ablation.md.")],
     model: Annotated[str, typer.Option(help="The model to start from.")] = str(SHIPPED),
+    sources: Annotated[Path, typer.Option(help="A standard library.", file_okay=False, exists=True)] = STANDARD_LIBRARY,
     only: Annotated[list[str] | None, typer.Option(help="Names of variants; repeat it. By default all.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens in a row and of the longest document.")] = 32768,
     trained: Annotated[int, typer.Option(help="Length that the model was made for.")] = 2048,
@@ -280,17 +284,18 @@ def main(
     deadline = Deadline(minutes)
     logging.set_verbosity_error()
     setting = Setting(
-        model=model, max_length=max_length, trained=trained, steps=steps, rows=rows, learning_rate=learning_rate,
-        lesson_share=lesson_share, documents=documents, repeats=repeats, device=device, seed=seed,
+        model=model, sources=str(sources), max_length=max_length, trained=trained, steps=steps, rows=rows,
+        learning_rate=learning_rate, lesson_share=lesson_share, documents=documents, repeats=repeats, device=device,
+        seed=seed,
     )  # fmt: skip
     config = AutoConfig.from_pretrained(model)
     config.max_position_embeddings = trained
     known = variants(config, max_length)
     if unknown := sorted(set(only or ()) - set(known)):
         raise typer.BadParameter(f"--only {', '.join(unknown)}: known are {'; '.join(known)}")
-    sources = Sources(setting)
+    texts = Sources(setting)
     trials = [
-        Trial(name=name, variant=variant, setting=setting, sources=sources, output=output, deadline=deadline)
+        Trial(name=name, variant=variant, setting=setting, sources=texts, output=output, deadline=deadline)
         for name, variant in known.items()
     ]
     try:

@@ -33,6 +33,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from training.base_card import write_card
 from training.library import haystack
+from training.recipe import workers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_dilated.tasks import Haystack, lesson
@@ -146,9 +147,8 @@ def packed_rows(documents: list[Tensor], between: Haystack, settings: Settings) 
 
 
 def in_batches(rows: PackedRows, settings: Settings, device: str) -> DataLoader:
-    """Return batches for ``device``; for a GPU another process makes them while it computes."""
-    on_gpu = device != "cpu"
-    return DataLoader(rows, batch_size=settings.rows, num_workers=int(on_gpu), pin_memory=on_gpu)
+    """Return the batches of the whole training."""
+    return DataLoader(rows, batch_size=settings.rows, num_workers=workers(device), pin_memory=device != "cpu")
 
 
 def sample_rows(documents: list[Tensor], settings: Settings) -> tuple[Tensor, Tensor]:

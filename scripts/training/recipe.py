@@ -1,5 +1,6 @@
 """How the shipped model is taught to read far: what the scripts that do it share."""
 
+from multiprocessing import get_start_method
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ def curriculum(trained: int, length: int) -> str:
     return f"{trained}:0.1,{min(4 * trained, length)}:0.3,{length}:0.6"
 
 
-def training_options(*, steps: int, rows: int, learning_rate: float, device: str, seed: int) -> dict[str, Any]:
-    """Return options of Transformers' ``TrainingArguments``: AdamW, a cosine; on GPUs bfloat16 autocast.
+def workers(device: str) -> int:
+    """Return 1 where another process can make the rows while a GPU computes, else 0."""
+    return int(device != "cpu" and get_start_method() == "fork")
 
-    For a GPU another process makes the rows while it computes.
-    """
-    on_gpu = device.startswith("cuda")
+
+def training_options(*, steps: int, rows: int, learning_rate: float, device: str, seed: int) -> dict[str, Any]:
+    """Return options of Transformers' ``TrainingArguments``: AdamW, a cosine; on GPUs bfloat16 autocast."""
     return {
         "max_steps": steps,
         "per_device_train_batch_size": rows,
@@ -34,9 +36,9 @@ def training_options(*, steps: int, rows: int, learning_rate: float, device: str
         "warmup_steps": max(1, steps // 20),
         "weight_decay": 0.1,
         "adam_beta2": 0.95,
-        "bf16": on_gpu,
+        "bf16": device.startswith("cuda"),
         "use_cpu": device == "cpu",
-        "dataloader_num_workers": int(on_gpu),
+        "dataloader_num_workers": workers(device),
         "logging_steps": max(1, steps // 20),
         "seed": seed,
     }

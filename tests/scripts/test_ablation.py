@@ -31,7 +31,7 @@ def run(folder: Path, chosen: list[str], **options: Any) -> Result:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(ablation, "read_library", lambda: {f"{n}.py": TEXT for n in range(30)})
+    monkeypatch.setattr(ablation, "read_library", lambda sources: {f"{n}.py": TEXT for n in range(30)})
     monkeypatch.setattr(ablation, "DEPTHS", (0.5,))
     save_tiny_checkpoint(tmp_path / "model")
     return tmp_path
