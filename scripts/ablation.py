@@ -64,6 +64,7 @@ class Setting:
     rows: int
     learning_rate: float
     lesson_share: float
+    rope_scaling: str | None
     documents: int
     repeats: int
     device: str
@@ -167,6 +168,7 @@ class Trial:
             max_length=self.setting.max_length,
             attention=self.variant.backend,
             pattern=json.dumps(self.variant.pattern),
+            rope_scaling=self.setting.rope_scaling,
             dtype="float32",
         )
         return load_model(arguments).to(self.setting.device)
@@ -274,6 +276,7 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows in a step.")] = ROWS,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = LEARNING_RATE,
     lesson_share: Annotated[float, typer.Option(help="Share of made documents.")] = LESSON_SHARE,
+    rope_scaling: Annotated[str | None, typer.Option(help="As of train_long_context.py; by default YaRN.")] = None,
     documents: Annotated[int, typer.Option(help="Held-out documents to read.")] = 24,
     repeats: Annotated[int, typer.Option(help="Pass keys of every length and depth.")] = 4,
     minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
@@ -285,8 +288,8 @@ def main(
     logging.set_verbosity_error()
     setting = Setting(
         model=model, sources=str(sources), max_length=max_length, trained=trained, steps=steps, rows=rows,
-        learning_rate=learning_rate, lesson_share=lesson_share, documents=documents, repeats=repeats, device=device,
-        seed=seed,
+        learning_rate=learning_rate, lesson_share=lesson_share, rope_scaling=rope_scaling, documents=documents,
+        repeats=repeats, device=device, seed=seed,
     )  # fmt: skip
     config = AutoConfig.from_pretrained(model)
     config.max_position_embeddings = trained

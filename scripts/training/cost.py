@@ -13,6 +13,7 @@ from hf_dilated.patterns import BlockSparsePattern, Pattern
 from hf_dilated.patterns.sight import look
 
 QUERIES = 64  # looked at to estimate the mean number of keys
+WARM_UP, REPEATS = 2, 5  # steps
 FORWARD_AND_BACKWARD = {"attention": 3.5, "rest": 3.0}  # in forward passes; attention computes its scores again
 
 
@@ -49,13 +50,13 @@ def _mean_keys(pattern: Pattern, config: Any, length: int) -> float:
     return mean
 
 
-def seconds_a_step(model: Any, length: int, repeats: int = 5) -> float:
-    """Return the median time of forward and backward on one document of random tokens, after two to warm up."""
+def seconds_a_step(model: Any, length: int) -> float:
+    """Return the median time of forward and backward on one document of random tokens."""
     device = model.device
     tokens = torch.randint(model.config.vocab_size, (1, length), device=device)
     seconds = []
     model.train()
-    for _ in range(repeats + 2):
+    for _ in range(WARM_UP + REPEATS):
         wait(device)
         started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext():
@@ -64,4 +65,4 @@ def seconds_a_step(model: Any, length: int, repeats: int = 5) -> float:
         wait(device)
         seconds.append(time.perf_counter() - started)
         model.zero_grad()
-    return median(seconds[2:])
+    return median(seconds[WARM_UP:])

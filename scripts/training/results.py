@@ -36,7 +36,13 @@ def summary(rows: list[Row], dense: str) -> Table:
     last = "perplexity at the end"
     header = ["variant", "tuning", "read with", "attention operations", "step", last, "against dense", "short texts"]
     base = next((_at_end(row["after"])["dense"] for row in rows if row["variant"] == dense), None)
-    body = [line for row in rows for when in ("before", "after") for line in _lines(row, when, base, lengths)]
+    body = [
+        line
+        for row in rows
+        for when in ("before", "after")
+        for attention, line in _lines(row, when, base, lengths)
+        if row["variant"] == dense or attention in (row["own"], "dense")  # windows are read by all: shown once
+    ]
     return Table("Variants", header + [f"pass keys at {short_count(length)}" for length in lengths], body)
 
 
@@ -45,7 +51,7 @@ def _at_end(report: Row) -> dict[str, float]:
     return {found["attention"]: found["perplexity"] for found in report["perplexity"]}
 
 
-def _lines(row: Row, when: str, base: float | None, lengths: list[int]) -> Iterator[list[str]]:
+def _lines(row: Row, when: str, base: float | None, lengths: list[int]) -> Iterator[tuple[str, list[str]]]:
     report, cost = row[when], row["cost"]
     short = {found["attention"]: f"{found['perplexity']:.3f}" for found in report["short"]}
     keys: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
@@ -59,7 +65,8 @@ def _lines(row: Row, when: str, base: float | None, lengths: list[int]) -> Itera
         against = f"{perplexity / base - 1:+.1%}" if base else "–"
         shares = [_share(*keys[attention, length]) for length in lengths]
         quality = [f"{perplexity:.3f}", against, short.get(attention, "–"), *shares]
-        yield [row["variant"], when, attention, *(costs if attention == row["own"] else ["–", "–"]), *quality]
+        price = costs if attention == row["own"] else ["–", "–"]
+        yield attention, [row["variant"], when, attention, *price, *quality]
 
 
 def _share(found: int, asked: int) -> str:

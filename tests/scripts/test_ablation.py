@@ -33,6 +33,9 @@ def run(folder: Path, chosen: list[str], **options: Any) -> Result:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(ablation, "read_library", lambda sources: {f"{n}.py": TEXT for n in range(30)})
     monkeypatch.setattr(ablation, "DEPTHS", (0.5,))
+    monkeypatch.setattr("training.cost.QUERIES", 4)
+    monkeypatch.setattr("training.cost.WARM_UP", 0)
+    monkeypatch.setattr("training.cost.REPEATS", 1)
     save_tiny_checkpoint(tmp_path / "model")
     return tmp_path
 
@@ -53,13 +56,16 @@ def test_variants_are_tuned_and_measured(folder: Path) -> None:
         )
     assert rows[0]["before"]["perplexity"] != rows[0]["after"]["perplexity"]
     lines = (folder / "out" / "ablation.md").read_text().splitlines()
-    assert len(lines) == 2 + 2 + 2 + 1 + 3
+    assert len(lines) == 2 + (2 + 2) + (1 + 2)
     assert [line.count("| +0.0% |") for line in lines if line.startswith("| dense | after | dense |")] == [1]
 
 
-def test_out_of_time_and_on_again(folder: Path) -> None:
+def test_out_of_time_and_on_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training that is stopped after its first step ends as one that was never stopped."""
     deadline = importlib.import_module("training.deadline")
+    for step, part in (("price", "cost"), ("look_before", "before"), ("look_after", "after")):
+        monkeypatch.setattr(ablation.Trial, step, lambda trial, part=part: ablation.save(trial.part(part), {}))
+    monkeypatch.setattr(ablation, "write", lambda trials, output: None)
     whole = run(folder, ["dilated"])
     assert whole.exit_code == 0, whole.output
     (folder / "out").rename(folder / "whole")
