@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from hf_dilated.cards.training import Training
 from hf_dilated.evaluation.report import Report, short_count
 from hf_dilated.integration.backends import BACKENDS
-from hf_dilated.integration.loading import load_statement
+from hf_dilated.integration.loading import brings_model, load_statement
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.reach import reach_of
 from hf_dilated.integration.report import ModelReport, report
@@ -38,6 +38,7 @@ def make_card(
     evaluation: Report | None = None,
     plots: Sequence[str] = (),
     limits: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> ModelCard:
     """Write the card of a checkpoint that selects a backend by itself.
 
@@ -51,6 +52,7 @@ def make_card(
         evaluation: What was measured: the ``report.json`` of ``hf-dilated evaluate``.
         plots: Names of the pictures of the evaluation that lie beside the card.
         limits: What else a reader must know, a sentence each.
+        trust_remote_code: Whether to run code that the checkpoint brings, if its model needs that.
 
     Returns:
         The card; ``save`` writes it, ``push_to_hub`` publishes it.
@@ -59,7 +61,7 @@ def make_card(
         CardError: If the checkpoint holds no backend, or the evaluation is another pattern's.
     """
     folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     stored = stored_config(config)
     if stored.attn_implementation is None:
         raise CardError(f"{folder}: holds no backend of hf_dilated; patch it first")
@@ -84,6 +86,7 @@ def make_card(
         summary=_summary(config, layers, base_model),
         load_statement=load_statement(config, name),
         has_remote_code=bool(getattr(config, "auto_map", None)),
+        needs_remote_code=brings_model(config),
         attention=_attention(config, layers),
         pattern=_pattern(layers.pattern.to_dict()),
         training=training.lines() if training else [],

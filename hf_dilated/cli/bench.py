@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_dilated.cli.console import console, errors, refusals
+from hf_dilated.cli.console import TrustRemoteCode, console, errors, refusals
 from hf_dilated.config import DilatedConfig
 from hf_dilated.evaluation.bench import CONTROL, MODES, Bench, Timing, steps
 from hf_dilated.evaluation.bench import bench as measure
@@ -39,7 +39,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, …")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file for the rows.", dir_okay=False)] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that the checkpoint brings.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else.")] = False,
 ) -> None:
     """Time a model's forward pass, training step and decoding with dense and sparse attention, side by side.

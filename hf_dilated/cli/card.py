@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from hf_dilated.cards import write_card
-from hf_dilated.cli.console import console, refusals
+from hf_dilated.cli.console import TrustRemoteCode, console, refusals
 
 
 def card(
@@ -23,6 +23,7 @@ def card(
     license: Annotated[str | None, typer.Option(help="Licence, as the Hub knows it, such as apache-2.0.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="Language codes; repeat it.")] = None,
     limit: Annotated[list[str] | None, typer.Option(help="What else a reader must know; repeat it.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write README.md: metadata, backend and exact pattern, how to load it, training, evaluation, limits.
 
@@ -38,5 +39,7 @@ def card(
             license=license,
             language=language or None,
             limits=limit or (),
+            trust_remote_code=trust_remote_code,
         )
-    console.print(f"{escape(str(path))}; publish the folder with `hf upload {escape(name or 'user/model')} {folder}`")
+    upload = escape(f"hf upload {name or 'user/model'} {folder}")
+    console.print(f"{escape(str(path))}; publish the folder with `{upload}`", soft_wrap=True)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
@@ -16,6 +16,10 @@ from hf_dilated.integration.support import UnsupportedError
 
 console = Console()
 errors = Console(stderr=True)
+
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint brings.")
+]
 
 
 @contextmanager
@@ -62,5 +66,6 @@ def pictures() -> Iterator[None]:
 
 
 def _stop(label: str, subject: str, error: Exception, code: int) -> NoReturn:
-    errors.print(f"[bold red]{label}[/] {escape(f'{subject}: {error}' if subject else str(error))}")
+    message = str(error).replace("the argument `trust_remote_code=True`", "--trust-remote-code")
+    errors.print(f"[bold red]{label}[/] {escape(f'{subject}: {message}' if subject else message)}")
     raise typer.Exit(code) from error

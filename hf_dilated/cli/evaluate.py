@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_dilated.cli.console import console, errors, pictures, refusals
+from hf_dilated.cli.console import TrustRemoteCode, console, errors, pictures, refusals
 from hf_dilated.config import DilatedConfig
 from hf_dilated.evaluation.report import Report
 from hf_dilated.evaluation.suite import DENSE, PARTS, Evaluation, steps
@@ -37,6 +37,7 @@ def evaluate(
     repeats: Annotated[int, typer.Option(help="Samples of every task, length and depth.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, …")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
     """Measure quality, speed and memory of a model with several attentions.
@@ -49,7 +50,7 @@ def evaluate(
         texts = {path.name: path.read_text("utf-8") for path in text}
         report = run(
             model, texts, output, max_length=max_length, trained=trained, attentions=attention, parts=part, tasks=task,
-            repeats=repeats, device=device, dtype=dtype,
+            repeats=repeats, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     if as_json:
         typer.echo((output / "report.json").read_text("utf-8"), nl=False)
@@ -70,6 +71,7 @@ def run(
     repeats: int = 1,
     device: str = "cpu",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Report:
     """Load, measure, and write ``report.json``, ``report.md`` and the plots to ``output``; options as above.
 
@@ -80,7 +82,7 @@ def run(
     """
     import hf_dilated.evaluation.plots  # noqa: F401  (before hours of measuring)
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     trained = trained or trained_length(config)
     max_length = max_length or reach_of(config)
     if trained is None or max_length is None:
@@ -93,10 +95,12 @@ def run(
         tasks=tasks or tuple(TASKS),
         repeats=repeats,
     )
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     if "dilated" in plan.attentions and stored_config(config).dilated is None:
         config.hf_dilated = DilatedConfig.from_model_config(config, max_length=max_length)
-    loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype).to(device)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, config=config, dtype=dtype, trust_remote_code=trust_remote_code
+    ).to(device)
     documents = {
         name: tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].to(device)
         for name, text in texts.items()

@@ -1,5 +1,6 @@
 """``hf-dilated info``: what every layer of a model runs."""
 
+import json
 import re
 from itertools import groupby
 from typing import Annotated
@@ -9,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig
 
-from hf_dilated.cli.console import console, notes, refusals
+from hf_dilated.cli.console import TrustRemoteCode, console, notes, refusals
 from hf_dilated.config import BlockSparseConfig, DilatedConfig
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.persistence import stored_config
@@ -25,7 +26,8 @@ def info(
     max_length: Annotated[
         int | None, typer.Option(help="Choose the pattern for inputs of this many tokens, not the stored one.")
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that the checkpoint brings.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
     """Show what a backend runs in every layer of a model; reads its config.json alone.
 
@@ -38,7 +40,10 @@ def info(
             if max_length is not None and backend in BACKENDS:
                 config.hf_dilated = BACKENDS[backend].config_class.from_model_config(config, max_length=max_length)
             result = report(config, backend)
-    _show(result)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=1))
+    else:
+        _show(result)
     if not result.runs:
         raise typer.Exit(1)
 

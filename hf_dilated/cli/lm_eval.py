@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from hf_dilated.cli.console import console, errors, refusals
+from hf_dilated.cli.console import TrustRemoteCode, console, errors, refusals
 
 
 def lm_eval(
@@ -27,6 +27,7 @@ def lm_eval(
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, …")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
 ) -> None:
     """Run tasks of the lm-evaluation-harness (needs `pip install "hf_dilated[lm-eval]"`).
@@ -44,8 +45,9 @@ def lm_eval(
         raise typer.Exit(2) from error
     with refusals(model, KeyError):
         loaded = DilatedLM(
-            model, attention, pattern, device=device, dtype=dtype, batch_size=batch_size, max_length=max_length
-        )
+            model, attention, pattern, device=device, dtype=dtype, batch_size=batch_size, max_length=max_length,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         manager = TaskManager(include_path=str(include_path) if include_path else None)
         results: dict[str, Any] | None = simple_evaluate(
             loaded, tasks=tasks.split(","), num_fewshot=num_fewshot, limit=limit, task_manager=manager

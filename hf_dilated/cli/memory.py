@@ -1,12 +1,13 @@
 """``hf-dilated memory``: the buffers of a run, by kind and over time."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from hf_dilated.cli.console import console, errors, notes, pictures, refusals
+from hf_dilated.cli.console import TrustRemoteCode, console, errors, notes, pictures, refusals
 from hf_dilated.integration.recording import load, record
 from hf_dilated.memory.recording import Recording
 
@@ -19,8 +20,9 @@ def memory(
         int | None, typer.Option(min=1, help="Tokens; by default what the model can, up to 8192.")
     ] = None,
     train: Annotated[bool, typer.Option(help="A training step instead of a forward pass.")] = True,
-    output: Annotated[Path, typer.Option(help="The picture.")] = Path("outputs/memory.png"),
-    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that the checkpoint brings.")] = False,
+    output: Annotated[Path, typer.Option(help="The picture, a PNG.", dir_okay=False)] = Path("outputs/memory.png"),
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON, and nothing else.")] = False,
 ) -> None:
     """Run a model on random tokens and draw which buffers its attention holds, and when (CPU).
 
@@ -33,7 +35,11 @@ def memory(
     if not recording.events:
         errors.print("nothing to show: inputs this short run on torch's own attention; try a longer --length")
         raise typer.Exit(1)
-    draw(recording, output, f"{Path(model).name}, {'training step' if train else 'forward pass'}")
+    with refusals(str(output)):
+        draw(recording, output, f"{Path(model).name}, {'training step' if train else 'forward pass'}")
+    if as_json:
+        typer.echo(json.dumps(stats))
+        return
     console.print(_table(recording, stats))
     console.print(f"{output}: the timeline")
 
@@ -68,5 +74,5 @@ def draw(recording: Recording, path: Path, title: str) -> None:
     axis.grid(alpha=0.3)
     axis.legend(loc="upper left", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

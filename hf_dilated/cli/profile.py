@@ -1,6 +1,8 @@
 """``hf-dilated profile``: from which length on pooling pays on this machine."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated
 
 import torch
@@ -8,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from hf_dilated.cli.console import console, notes, refusals
+from hf_dilated.cli.console import TrustRemoteCode, console, errors, notes, refusals
 from hf_dilated.config import DilatedConfig
 from hf_dilated.config.memory import MemoryMode
 from hf_dilated.functional import dilated_attention
@@ -39,7 +41,9 @@ def profile(
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
     rounds: Annotated[int, typer.Option(min=3, help="Samples of each variant.")] = 9,
+    trust_remote_code: TrustRemoteCode = False,
     remove: Annotated[bool, typer.Option("--remove", help="Forget the profile and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON, and nothing else.")] = False,
 ) -> None:
     """Measure where memory pools pay on this machine, and let every model use that from now on.
 
@@ -56,7 +60,7 @@ def profile(
     plans = {}
     if model:
         with refusals(model, unread="no run of"), notes():
-            loaded = load(model)
+            loaded = load(model, trust_remote_code=trust_remote_code)
             plans = {model_key(loaded.config): record(loaded)[0].plan()[:LONGEST_PLAN]}
     thresholds = thresholds_of(rows)
     found = Profile(
@@ -67,6 +71,9 @@ def profile(
     )
     found.save(path)
     current_profile.cache_clear()
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+        return
     console.print(_table(rows))
     console.print(explain(thresholds, rows))
     console.print(f"{path}: used from now on; `hf-dilated profile --remove` undoes it")
@@ -74,7 +81,7 @@ def profile(
 
 def measure(length: int, heads: int, head_dim: int, rounds: int) -> list[Measurement]:
     """Compare the modes with torch's own allocations at one length."""
-    console.print(f"measuring {length:,} tokens", style="dim")
+    errors.print(f"measuring {length:,} tokens", style="dim")
     rows = []
     for kind in ("forward", "step"):
         calls: dict[str, Callable[[], None]] = {

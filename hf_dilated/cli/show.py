@@ -1,5 +1,6 @@
 """``hf-dilated show``: who sees whom in a layer of a model."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig
 
-from hf_dilated.cli.console import console, notes, pictures, refusals
+from hf_dilated.cli.console import TrustRemoteCode, console, notes, pictures, refusals
 from hf_dilated.integration.layers import WINDOWED, layer_pattern
 from hf_dilated.integration.reach import reach_of
 from hf_dilated.integration.report import ModelReport, report
@@ -33,8 +34,9 @@ def show(
     ] = None,
     layer: Annotated[int, typer.Option(min=0, help="Index of the layer.")] = 0,
     head: Annotated[int, typer.Option(min=0, help="Query head.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that the checkpoint brings.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write a PNG here.", dir_okay=False)] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the costs as JSON, and nothing else.")] = False,
 ) -> None:
     """Draw who sees whom in a layer of a model, and say what that costs; reads its config.json alone.
 
@@ -52,14 +54,21 @@ def show(
             pattern, length, head=head, heads=result.heads, kv_heads=result.kv_heads, is_causal=result.is_causal
         )
     title = f"{result.backend}, layer {layer}, head {head}, {length:,} tokens"
+    costs = _costs(sight, result, text_config)
+    if output is not None:
+        with refusals(str(output)):
+            _draw(sight, title, output)
+    if as_json:
+        values = {name: {"here": ours, "dense": dense} for name, (ours, dense) in costs.items()}
+        typer.echo(json.dumps({"backend": result.backend, "layer": layer, "head": head, "tokens": length, **values}))
+        return
     console.print(f"[bold]{escape(result.model)}[/] {title}; rows are queries, columns are keys")
     for line in in_blocks(sight):
         console.print(line, highlight=False)
-    console.print(_costs(sight, result, text_config))
+    console.print(_table(costs))
     if isinstance(pattern, BlockSparsePattern) and pattern.chosen_blocks:
         console.print(f"besides, every token chooses up to {pattern.chosen_blocks} blocks by their content")
     if output is not None:
-        _draw(sight, title, output)
         console.print(f"written to {output}")
 
 
@@ -100,25 +109,32 @@ def _pattern(config: Any, layer: int, backend: str) -> Pattern:
     return layer_pattern(config, layer, config.sliding_window if windowed else None, backend)
 
 
-def _costs(sight: Sight, result: ModelReport, config: Any) -> Table:
-    """Mean over the queries that were looked at; a query's dense keys are those it could see at most."""
+def _costs(sight: Sight, result: ModelReport, config: Any) -> dict[str, tuple[float, float]]:
+    """What there is here, and with dense attention: means over the queries that were looked at.
+
+    A query's dense keys are those it could see at most.
+    """
     possible, seen = sight.possible, np.array([len(keys) for keys in sight.seen])
     head_size = getattr(config, "head_dim", None) or config.hidden_size // result.heads
-    flops = 4 * head_size * result.heads * sight.length
-    row_bytes = 2 * 2 * head_size * result.kv_heads  # key and value, two bytes each
-    last, most = sight.read[-1], float(possible[-1])
+    flops = 4 * head_size * result.heads * sight.length / 1e12
+    row_mib = 2 * 2 * head_size * result.kv_heads / 2**20  # key and value, two bytes each
+    pairs = possible.mean() * sight.length
+    found = {
+        "keys that a query sees": (seen.mean(), possible.mean()),
+        "keys that a query reads, all heads": (sight.read.mean(), possible.mean()),
+        "TFLOP of a forward pass": (flops * sight.read.mean(), flops * possible.mean()),
+        "MiB of keys and values for the last token": (row_mib * sight.read[-1], row_mib * possible[-1]),
+        "pairs that see each other": (pairs * seen.sum() / possible.sum(), pairs),
+    }
+    return {name: (float(ours), float(dense)) for name, (ours, dense) in found.items()}
+
+
+def _table(costs: dict[str, tuple[float, float]]) -> Table:
     table = Table("", "here", "dense", "share")
-    for name, ours, dense in (
-        ("keys that a query sees", seen.mean(), possible.mean()),
-        ("keys that a query reads, all heads", sight.read.mean(), possible.mean()),
-        ("TFLOP of a forward pass", flops * sight.read.mean() / 1e12, flops * possible.mean() / 1e12),
-        ("MiB of keys and values for the last token", row_bytes * last / 2**20, row_bytes * most / 2**20),
-    ):
+    for name, (ours, dense) in costs.items():
         table.add_row(name, f"{ours:,.4g}", f"{dense:,.4g}", f"{ours / dense:.1%}")
-    unseen = 1 - seen.sum() / possible.sum()
-    pairs = unseen * possible.mean() * sight.length
-    table.add_row("pairs that never see each other", f"{pairs:,.4g}", "0", f"{unseen:.1%}")
-    table.title = f"density {seen.sum() / possible.sum():.2%} of the pairs of tokens"
+    ours, dense = costs["pairs that see each other"]
+    table.title = f"density {ours / dense:.2%} of the pairs of tokens"
     return table
 
 
@@ -132,4 +148,5 @@ def _draw(sight: Sight, title: str, path: Path) -> None:
     image = axes.imshow(sight.map(cells), extent=extent, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="key", ylabel="query", title=title)
     figure.colorbar(image, ax=axes, label="share of the pairs that see each other", shrink=0.8)
-    figure.savefig(path, dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")

@@ -7,6 +7,11 @@ from transformers.models.auto import modeling_auto
 DEFAULT = "AutoModel"
 
 
+def brings_model(config: Any) -> bool:
+    """Whether a configuration, and with it its model, is code that a checkpoint brings and Transformers runs."""
+    return type(config).__module__.startswith("transformers_modules.")
+
+
 def auto_classes(config: Any) -> dict[str, str]:
     """The model classes of a configuration by the names of the AutoClasses that lead to them.
 
@@ -15,8 +20,11 @@ def auto_classes(config: Any) -> dict[str, str]:
         >>> auto_classes(LlamaConfig())["AutoModelForCausalLM"]
         'LlamaForCausalLM'
     """
-    found = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
-    models = {name: auto._model_mapping.get(type(config), None) for name, auto in found.items()}
+    if brings_model(config):
+        found = sorted((getattr(config, "auto_map", None) or {}).items())
+        return {name: str(model).rpartition(".")[2] for name, model in found if name.startswith("AutoModel")}
+    known = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
+    models = {name: auto._model_mapping.get(type(config), None) for name, auto in known.items()}
     return {name: model.__name__ for name, model in sorted(models.items()) if isinstance(model, type)}
 
 
@@ -34,8 +42,7 @@ def load_statement(config: Any, path: str) -> str:
     classes = auto_classes(config)
     architectures = config.architectures or ()
     auto_class = next((name for name, model in classes.items() if model in architectures), DEFAULT)
-    return (
-        "import hf_dilated  # registers the attention backend\n"
-        f"from transformers import {auto_class}\n\n"
-        f'model = {auto_class}.from_pretrained("{path}")'
-    )
+    imports, options = "import hf_dilated  # registers the attention backend\n", ""
+    if brings_model(config):
+        imports, options = "", ", trust_remote_code=True"
+    return f'{imports}from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{path}"{options})'

@@ -18,6 +18,7 @@ from hf_dilated.config import ConfigError
 from hf_dilated.integration.attention import attention_function, causality
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.layers import backend_config, layer_pattern
+from hf_dilated.integration.loading import brings_model
 from hf_dilated.integration.memory import module_policy
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.support import UnsupportedError, check_model
@@ -86,6 +87,16 @@ class ModelReport:
         """Whether the model runs, and at least one layer runs the pattern."""
         kinds = {layer.kind for layer in self.layers}
         return "pattern" in kinds and "refused" not in kinds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        layers = [
+            {"name": layer.name, "runs": layer.kind, "why": layer.why, "memory": layer.memory and layer.memory.mode}
+            for layer in self.layers
+        ]
+        names = ("model", "backend", "is_causal", "heads", "kv_heads", "is_stored", "runs", "dense_length")
+        values = {name: getattr(self, name) for name in names}
+        return values | {"pattern": self.pattern.to_dict(), "layers": layers, "unseen": list(self.unseen)}
 
     @property
     def dense_length(self) -> int:
@@ -215,7 +226,7 @@ def _build(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _own_code(config: PreTrainedConfig) -> Callable[..., PreTrainedModel] | None:
     """The code that a checkpoint brings, if its configuration runs it already: then the caller has trusted it."""
-    if not type(config).__module__.startswith("transformers_modules."):
+    if not brings_model(config):
         return None
     names = sorted(name for name in getattr(config, "auto_map", None) or () if name.startswith("AutoModel"))
     return partial(getattr(transformers, names[0]).from_config, trust_remote_code=True) if names else None

@@ -32,10 +32,15 @@ def load_config(folder: Path) -> PreTrainedConfig:
         PatchError: If Transformers does not know the architecture, or the file is broken.
     """
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ConfigError:
         raise
     except (ValueError, KeyError, TypeError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise PatchError(
+                f"{folder}: its model is code of its own, which patching does not run; load it with "
+                "trust_remote_code=True, set config.hf_dilated and save it"
+            ) from error
         raise PatchError(f"{folder / 'config.json'}: {error}") from error
 
 

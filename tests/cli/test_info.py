@@ -51,6 +51,13 @@ def test_info_on_a_stored_pattern(tmp_path: Path) -> None:
     assert any(line.startswith("sinks 4 ") for line in lines)
     assert any(line.startswith("2 128 2 ") for line in lines)
     assert "up to 68 tokens every layer is exactly the dense model's" in lines
+    report = json.loads(run("info", tmp_path, "--json").stdout)
+    assert (report["backend"], report["dense_length"], report["pattern"]) == (
+        "dilated",
+        68,
+        config.hf_dilated["dilated"],
+    )
+    assert [layer["runs"] for layer in report["layers"]] == ["pattern"] * 2 + ["dense"] * 2 + ["pattern"] * 2
 
 
 def test_info_chooses_a_pattern(tmp_path: Path) -> None:

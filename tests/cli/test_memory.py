@@ -41,6 +41,8 @@ def test_memory_draws_a_run(model: Path, tmp_path: Path, train: str, profile: Pa
     assert "output" in result.output
     assert "100%" in result.output
     assert picture.stat().st_size > 1000
+    counted = run("memory", model, "--length", 200, train, "--output", picture, "--json")
+    assert json.loads(counted.stdout)["peak_bytes"] > 0
 
 
 def test_memory_of_what_is_too_short(model: Path, profile: Path) -> None:
@@ -54,9 +56,10 @@ def test_memory_of_nothing(tmp_path: Path) -> None:
 
 
 def test_profile_measures_and_records_and_is_removed(model: Path, profile: Path) -> None:
-    result = run("profile", model, "--lengths", "64,128", "--rounds", 3, "--heads", 2, "--head-dim", 8)
+    result = run("profile", model, "--lengths", "64,128", "--rounds", 3, "--heads", 2, "--head-dim", 8, "--json")
     assert result.exit_code == 0, result.output
     stored = json.loads(profile.read_text())
+    assert json.loads(result.stdout) == stored["measurements"]
     assert {(m["length"], m["kind"], m["mode"]) for m in stored["measurements"]} == {
         (n, kind, mode) for n in (64, 128) for kind in ("forward", "step") for mode in ("lightweight", "full")
     }

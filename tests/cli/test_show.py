@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -34,13 +36,17 @@ def test_show(tmp_path, backend):
     config.hf_dilated = BLOCKS if backend == "block_sparse" else BRANCHES
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
-    picture = tmp_path / "seen.png"
+    picture = tmp_path / "pictures" / "seen"
     options = ["--length", "64", "--head", "3", "--layer", "1", "--output", str(picture)]
     result = runner.invoke(app, ["show", str(tmp_path), *options])
     assert result.exit_code == 0, result.output
     assert f"{backend}, layer 1, head 3, 64 tokens" in result.output
     assert "keys that a query sees" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
+    costs = json.loads(runner.invoke(app, ["show", str(tmp_path), *options, "--json"]).stdout)
+    assert costs["tokens"] == 64
+    assert costs["keys that a query sees"]["here"] < costs["keys that a query sees"]["dense"] == 32.5
+    assert runner.invoke(app, ["show", str(tmp_path), "--output", str(tmp_path)]).exit_code == 2  # a folder
 
 
 @pytest.mark.parametrize(
