@@ -54,10 +54,10 @@ def tokenized(
     def epoch(number: int) -> Iterator[list[int]]:
         shuffled = texts.shuffle(seed=seed, buffer_size=SHUFFLED_AT_ONCE)
         shuffled.set_epoch(number)
-        for example in shuffled:
-            if column not in example:
-                raise ValueError(f"column: {column!r} is not one of {', '.join(example)}")
-            tokens: list[int] = tokenizer(example[column], verbose=False).input_ids
+        for batch in shuffled.iter(batch_size=1):  # plain iteration takes another order in a worker of a data loader
+            if column not in batch:
+                raise ValueError(f"column: {column!r} is not one of {', '.join(batch)}")
+            tokens: list[int] = tokenizer(batch[column][0], verbose=False).input_ids
             yield tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
 
     return epoch

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
 from hf_dilated.training.documents import stream_texts, tokenized
+from hf_dilated.training.packing import PackedRows
 from tests.tiny_checkpoint import tokenizer
 
 
@@ -51,3 +53,11 @@ def test_documents_begin_and_end_as_the_tokenizer_says_and_every_epoch_has_its_o
     first, again, second = (list(epoch(number)) for number in (0, 0, 1))
     assert first == again != second
     assert sorted(first) == sorted(second) == sorted([0, *tokens.encode(f"x = {n}")[1:], 0] for n in range(30))
+
+
+def test_a_worker_of_a_data_loader_reads_in_the_same_order(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text(f"x = {number}\n" * 5)
+    rows = PackedRows(tokenized(stream_texts(str(tmp_path)), tokenizer(), seed=1), length=16, rows=8)
+    here, there = ([row["input_ids"].tolist() for row in DataLoader(rows, None, num_workers=n)] for n in (0, 1))
+    assert here == there
