@@ -39,7 +39,7 @@ from hf_dilated.integration.reach import reach_of
 from hf_dilated.patching.configuration import patch_config
 from hf_dilated.patching.rope import extend
 from hf_dilated.tasks import Haystack, lesson
-from hf_dilated.training.checkpoints import last_complete_checkpoint
+from hf_dilated.training.checkpoints import CompleteCheckpointsMixin, RowsPerStep, last_complete_checkpoint
 from hf_dilated.training.curriculum import LengthCurriculum
 from hf_dilated.training.documents import stream_texts, tokenized
 from hf_dilated.training.lora import long_lora
@@ -86,7 +86,9 @@ class DataArguments:
     )
 
 
-class LongContextTrainer(ThroughputMixin, SequenceParallelTrainerMixin, ShardedTrainerMixin, Trainer):
+class LongContextTrainer(
+    ThroughputMixin, SequenceParallelTrainerMixin, ShardedTrainerMixin, CompleteCheckpointsMixin, Trainer
+):
     """``Trainer`` whose processes may share sequences and weights, with throughput and memory in its log."""
 
 
@@ -175,7 +177,7 @@ def make_trainer(
         train_dataset=rows,
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        callbacks=list(callbacks),
+        callbacks=[RowsPerStep(rows.rows // arguments.max_steps), *callbacks],
         sequence_parallel_size=sequence_parallel_size,
     )
 

@@ -1,16 +1,25 @@
-"""Which checkpoint to go on from after a kill."""
+"""Which checkpoint to go on from after a kill, and that it goes on where it was."""
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+if TYPE_CHECKING:
+    from transformers import Trainer as Base
+else:
+    Base = object
 
 
 def last_complete_checkpoint(output: Path) -> Path | None:
     """Return the newest checkpoint of ``Trainer`` that was written to its end; None if there is none.
 
-    ``Trainer`` writes its own state after everything else, so a checkpoint without it was cut short.
+    ``Trainer`` writes its own state after everything else, so a checkpoint without it was cut short. With several
+    processes that takes :class:`CompleteCheckpointsMixin`.
     """
     found = [
         (int(state.parent.name.rpartition("-")[2]), state.parent)
@@ -26,3 +35,39 @@ def _is_json(path: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+class CompleteCheckpointsMixin(Base):
+    """Put before ``Trainer``: its state is written when every process has written its part of a checkpoint."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # the last part before the state
+        self.accelerator.wait_for_everyone()
+
+
+class RowsPerStep(TrainerCallback, ExportableState):
+    """Refuses to go on from a checkpoint with another number of rows a step: the stream would go on elsewhere.
+
+    Args:
+        rows: Of all processes, in every step.
+
+    Raises:
+        ValueError: When the training begins, if the checkpoint says otherwise.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"args": {"rows": self.rows}, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Compare with the checkpoint."""
+        before = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["args"]["rows"]
+        if before != self.rows:
+            raise ValueError(
+                f"rows a step: {before} until this checkpoint, {self.rows} from now on, and the stream would go on at "
+                "another row; choose --per_device_train_batch_size and --gradient_accumulation_steps for the number "
+                f"of processes so that there are {before} again, or start in a new --output_dir"
+            )

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,18 @@ import pytest
 import torch
 from accelerate.commands.config import config_args
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArguments
+from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback, TrainingArguments
 
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.patching import PatchError, patch_checkpoint
+from tests.distributed.processes import run_on_ranks
+from tests.scripts.killed_process import Killed
 from tests.tiny_checkpoint import save_tiny_checkpoint
 
 script = importlib.import_module("train_long_context")
 ROOT = Path(__file__).resolve().parents[2]
 PATTERN = '{"segment_lengths": [64, 128, 256], "dilation_rates": [1, 2, 4], "sink_tokens": 2}'
+RESUMABLE = {"curriculum": "64:0.5,256:0.5", "lesson_share": 0.3, "save_strategy": "steps", "save_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +48,9 @@ def command_line(base: Path, output: Path, **options: Any) -> list[str]:
     return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def run(base: Path, output: Path, **options: Any) -> None:
+def run(base: Path, output: Path, *, callbacks: Sequence[TrainerCallback] = (), **options: Any) -> None:
     parser = HfArgumentParser((script.ModelArguments, script.DataArguments, TrainingArguments))
-    script.run(*parser.parse_args_into_dataclasses(command_line(base, output, **options)))
+    script.run(*parser.parse_args_into_dataclasses(command_line(base, output, **options)), callbacks=callbacks)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -57,7 +60,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("through")
-    run(base, output, curriculum="64:0.5,256:0.5", lesson_share=0.3, report_to="tensorboard", save_strategy="steps")
+    run(base, output, **RESUMABLE | {"report_to": "tensorboard"})
     return output
 
 
@@ -84,24 +87,76 @@ def test_the_log_has_throughput_and_memory_and_reaches_tensorboard(uninterrupted
     assert b"train/tokens_per_second" in events.read_bytes()
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(base: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    options = {"curriculum": "64:0.5,256:0.5", "lesson_share": 0.3, "save_strategy": "steps", "save_steps": 1}
-    slow = {"dataloader_num_workers": 0, "logging_steps": 1}
-    arguments = [sys.executable, str(ROOT / "scripts" / "train_long_context.py")]
-    arguments += command_line(base, tmp_path, **options | slow)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "checkpoint-2" / "trainer_state.json").exists() and time.monotonic() < deadline:
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait(10)
+def run_as_a_rank(rank: int, base: Path, output: Path, options: dict[str, Any], is_killed: bool = False) -> None:
+    run(base, output, callbacks=[Killed()] if is_killed else [], **options)
+
+
+def test_a_killed_process_goes_on_to_the_same_weights(base: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    assert run_on_ranks(1, run_as_a_rank, base, tmp_path, RESUMABLE, True) == [-signal.SIGKILL]
     assert not (tmp_path / "model.safetensors").exists()
     (tmp_path / "checkpoint-9").mkdir()  # cut short
-    run(base, tmp_path, **options)
+    run(base, tmp_path, **RESUMABLE)
     torch.testing.assert_close(weights(tmp_path), weights(uninterrupted), rtol=0, atol=0)
+
+
+def test_of_two_processes_one_is_killed_and_one_goes_on(base: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """Rows of two processes are those of one, which reads on where they stopped."""
+    two = RESUMABLE | {"per_device_train_batch_size": 1}
+    survivor, killed = run_on_ranks(2, run_as_a_rank, base, tmp_path, two, True)
+    assert "Error" in survivor
+    assert killed == -signal.SIGKILL
+    assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="rows a step: 2 until this checkpoint, 1 from now on"):
+        run(base, tmp_path, **two)
+    run(base, tmp_path, **RESUMABLE)
+    assert_close(tmp_path, uninterrupted)
+
+
+@pytest.mark.timeout(500)
+def test_under_torchrun_one_is_killed_and_two_go_on(base: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """Two processes share every row; at first they read in processes of their own."""
+    shared = RESUMABLE | {"attention": "ring_dilated", "sequence_parallel_size": 2}
+    arguments = command_line(base, tmp_path, **shared | {"dataloader_num_workers": 1})
+    launcher = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    stopped = launch(launcher, "scripts/killed_process.py", arguments)
+    assert "(exitcode: -9) local_rank: 1" in stopped.stderr, stopped.stderr[-3000:]
+    assert not (tmp_path / "model.safetensors").exists()
+    assert run_on_ranks(2, run_as_a_rank, base, tmp_path, shared) == [None, None]
+    assert_close(tmp_path, uninterrupted)
+
+
+@pytest.mark.timeout(500)
+def test_accelerate_launches_what_is_shipped(base: Path, tmp_path: Path) -> None:
+    """FSDP2, adapters, tied embeddings, bfloat16 and checkpointing, on two processes as on one."""
+    save_tiny_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+    options = {"model": tmp_path / "tied", "lora_rank": 2, "gradient_checkpointing": True, "max_steps": 2}
+    options |= {"dtype": "bfloat16", "save_strategy": "steps", "save_steps": 2}
+    run(base, tmp_path / "one", bf16=True, **options)
+    launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "scripts" / "accelerate" / "gpu2.yaml")]
+    launcher += ["--main_process_port", "0"]
+    arguments = command_line(base, tmp_path / "two", **options | {"per_device_train_batch_size": 1, "use_cpu": None})
+    done = launch(launcher, "training/cpu_fsdp.py", arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses, expected = (
+        [entry["loss"] for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"][:2]]
+        for name in ("two", "one")
+    )
+    assert losses == pytest.approx(expected, rel=2e-3)
+    assert all(loss != torch.tensor(loss).bfloat16().item() for loss in losses)
+    assert (tmp_path / "two" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()
+    assert weights(tmp_path / "two").keys() == weights(tmp_path / "one").keys()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert model.config._attn_implementation == "dilated"
+
+
+def launch(launcher: list[str], program: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", *launcher, str(ROOT / "tests" / program), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, env=environment, timeout=300, capture_output=True, text=True, check=False)
+
+
+def assert_close(found: Path, expected: Path) -> None:
+    torch.testing.assert_close(weights(found), weights(expected), rtol=1e-4, atol=2e-5)
 
 
 def test_adapters_are_merged(base: Path, tmp_path: Path) -> None:
@@ -169,25 +224,6 @@ def test_a_model_that_is_not_there(base: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "argv", ["train", *command_line(base, tmp_path, model=tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="error: .*nowhere"):
         script.main()
-
-
-@pytest.mark.parametrize("shares", ["rows", "sequences"])
-def test_two_processes_learn_what_one_does(base: Path, tmp_path: Path, shares: str) -> None:
-    """A row of two each, or half of every row each: the steps of one process with two rows."""
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    arguments += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "scripts" / "train_long_context.py")]
-    options: dict[str, Any] = {"max_steps": 2, "lesson_share": 0.3}
-    alone = options | {"per_device_train_batch_size": 2}
-    if shares == "rows":
-        together = options | {"per_device_train_batch_size": 1}
-    else:
-        together = alone | {"attention": "ring_dilated", "sequence_parallel_size": 2}
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments += command_line(base, tmp_path / "two", **together)
-    done = subprocess.run(arguments, env=environment, timeout=180, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    run(base, tmp_path / "one", **alone)
-    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
