@@ -4,6 +4,8 @@
     python scripts/benchmark.py attention --device cuda --output scripts/benchmarks
     python scripts/benchmark.py decode --device cuda --output scripts/benchmarks
     python scripts/benchmark.py block_sparse --device cuda --kv-heads 8 --lengths 32k,128k --output scripts/benchmarks
+    python scripts/benchmark.py block_sparse --device cuda --kv-heads 8 --changing
+    python scripts/benchmark.py bigbird --device cuda
     torchrun --nproc-per-node 2 scripts/benchmark.py ring --device cuda --output scripts/benchmarks
     python scripts/benchmark.py memory
     python scripts/benchmark.py soak --seconds 600
@@ -22,6 +24,7 @@ import torch
 import typer
 from benchmarking import parity, pooling, report
 from benchmarking.cases import Case, blocks_for, branches_for, describe_machine
+from benchmarking.recompilations import count_recompilations
 from benchmarking.ring import RingCase
 from benchmarking.ring_run import run_ring
 from benchmarking.runner import Run, measure
@@ -121,8 +124,10 @@ def block_sparse(
     backward: Annotated[bool, typer.Option(help="Measure forward + backward as well.")] = True,
     flex: Annotated[bool, typer.Option(help="Measure FlexAttention (GPU only).")] = True,
     flex_up_to: Annotated[int, typer.Option(help="Longest length for FlexAttention.")] = 32768,
+    flex_seconds: Annotated[float, typer.Option(help="Seconds in which FlexAttention has to be compiled.")] = 60,
     dense_up_to: Annotated[int, typer.Option(help="Longest length for dense attention; extrapolated beyond.")] = 131072,
     memory: Annotated[bool, typer.Option(help="Measure the peak memory of the forward call.")] = True,
+    changing: Annotated[bool, typer.Option(help="Count what ten lengths recompile, in place of times.")] = False,
     rounds: RoundsOption = 7,
     budget_seconds: BudgetOption = 600,
     output: OutputOption = Path("outputs/benchmarks"),
@@ -131,10 +136,41 @@ def block_sparse(
     """Block-sparse attention; the percentage in a name is what it visits, so 25.0 % promises a speed-up of 4."""
     patterns = tuple(blocks.split(","))
     cases = _cases(device, lengths, heads, kv_heads, head_dim, dtype, batch, patterns, (), decode=False)
-    choice = Choice(overlaps=(), flex=flex and device == "cuda", flex_up_to=flex_up_to, dense_up_to=dense_up_to)
+    choice = Choice(
+        overlaps=(),
+        flex=flex and device == "cuda",
+        flex_up_to=flex_up_to,
+        flex_seconds=flex_seconds,
+        dense_up_to=dense_up_to,
+    )
     modes = ["forward", "forward+backward"] if backward else ["forward"]
     run = _start("block sparse", device, "", choice, rounds, budget_seconds, output, name, memory=memory)
-    _run(run, cases, modes, fastest=False)
+    if changing:
+        count_recompilations(run, cases[0], typer.echo)
+    else:
+        _run(run, cases, modes, fastest=False)
+
+
+@app.command()
+def bigbird(
+    device: DeviceOption = "cpu",
+    lengths: LengthsOption = "1k,4k,8k",
+    heads: Annotated[int, typer.Option(help="Heads.")] = 12,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
+    dtype: DtypeOption = None,
+    rounds: RoundsOption = 7,
+    budget_seconds: BudgetOption = 300,
+    output: OutputOption = Path("outputs/benchmarks"),
+    name: NameOption = "",
+) -> None:
+    """BigBird in both directions beside Transformers' own, which takes at least 704 tokens in blocks of 64."""
+    blocks = ("preset",)
+    cases = _cases(device, lengths, heads, heads, head_dim, dtype, 1, blocks, (), decode=False, is_causal=False)
+    if wrong := [case.length for case in cases if case.length % 64 or case.length <= 704]:
+        raise typer.BadParameter(f"{wrong[0]} tokens are no whole blocks of 64, or no more than 11 of them")
+    choice = Choice(overlaps=(), dense_up_to=cases[-1].length)
+    run = _start("bigbird", device, "", choice, rounds, budget_seconds, output, name, memory=False)
+    _run(run, cases, ["forward", "forward+backward"], fastest=False)
 
 
 @app.command()
@@ -239,6 +275,7 @@ def _cases(
     overlaps: Sequence[Overlap],
     *,
     decode: bool,
+    is_causal: bool = True,
 ) -> list[Case]:
     """Cases of a named pattern of branches, or of several patterns of blocks."""
     _check_device(device)
@@ -263,6 +300,7 @@ def _cases(
                 queries=1 if decode else length,
                 branches=branches_for(pattern, length, heads) if isinstance(pattern, str) else (),
                 blocks=() if isinstance(pattern, str) else pattern,
+                is_causal=is_causal,
             )
             for length in parse_lengths(lengths or doubling)
         ]

@@ -166,7 +166,9 @@ def _requests(spans: Integers, size: int, is_causal: bool, by_key: bool) -> tupl
         Requests as :func:`hf_dilated.engine.fused_block_lists.list_blocks` takes them, and what to add to a block of
         each document to get the number of its request.
     """
-    kinds, kind = np.unique(spans, axis=0, return_inverse=True)
+    number: dict[tuple[int, ...], int] = {}
+    kind = [number.setdefault(tuple(span), len(number)) for span in spans.tolist()]
+    kinds = np.array(list(number))
     low, total = kinds[:, 0] // size, -(-kinds[:, 1] // size)
     begin = np.zeros_like(low) if by_key else low
     own, block = _blocks(begin, total)
@@ -178,7 +180,7 @@ def _requests(spans: Integers, size: int, is_causal: bool, by_key: bool) -> tupl
         low, high = low if by_key else np.zeros_like(block), total_of
         edge = np.where((kinds[own, 1] % size > 0) & (not by_key), total_of - 1, -1)
     offset = np.cumsum(total - begin) - total
-    return np.stack([block, low, high, edge], 1), offset[kind.reshape(-1)]
+    return np.stack([block, low, high, edge], 1), offset[kind]
 
 
 def _entries(documents: Documents, own: Integers, block: Integers, *fields: Integers) -> Integers:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_dilated.config import BlockParts
 from hf_dilated.engine.flash_block_sparse import Lists
 from hf_dilated.patterns.block_sparse import Group
-from hf_dilated.patterns.blocks import random_number
+from hf_dilated.patterns.blocks import random_number, turn_of
 from hf_dilated.patterns.documents import Integers
 
 FIELDS = 7
@@ -164,10 +164,9 @@ def show(groups: Sequence[Group], blocks: int, is_causal: bool, device: torch.de
     masks = [_words(group.parts) for group in groups]
     offsets = np.cumsum([0, *(len(mask) for mask in masks)])
     fields = [_fields(group.parts, offset) for group, offset in zip(groups, offsets, strict=False)]
-    row = torch.arange(blocks)
-    numbers = [[random_number(turn, row, group.stream).numpy() for turn in range(most)] for group in groups]
-    by_row = np.array(numbers, dtype=np.int64).reshape(len(groups), most, blocks).swapaxes(1, 2)
-    parts, words, random = to_device(device, np.array(fields), np.concatenate(masks), by_row)
+    turns = torch.tensor([[[turn_of(t, group.stream) for t in range(most)]] for group in groups], dtype=torch.long)
+    numbers = random_number(torch.arange(blocks)[:, None], turns).numpy()  # (h, blocks, most)
+    parts, words, random = to_device(device, np.array(fields), np.concatenate(masks), numbers)
     drawn = torch.empty(len(groups), blocks, most, dtype=torch.int32, device=device)
     shown = Shown(tuple(groups), blocks, is_causal, parts, words, drawn)
     if most:

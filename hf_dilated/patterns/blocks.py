@@ -127,9 +127,14 @@ def stream_of(seed: int, layer: int, group: int) -> int:
     return state
 
 
-def random_number(turn: int, row: Tensor, stream: int) -> Tensor:
-    """A number of 31 bits for every row (R,): the same on every machine, whatever else is drawn."""
-    return (_mix(row * _signed(ODD[0]) + _signed((turn * ODD[2] + stream) & MASK)) >> 33) & (MASK >> 33)
+def turn_of(turn: int, stream: int) -> int:
+    """What stands for a turn in a stream of random numbers."""
+    return _signed((turn * ODD[2] + stream) & MASK)
+
+
+def random_number(row: Tensor, turn: int | Tensor) -> Tensor:
+    """A number of 31 bits for rows and turns (:func:`turn_of`): the same on every machine, whatever else is drawn."""
+    return (_mix(row * _signed(ODD[0]) + turn) >> 33) & (MASK >> 33)
 
 
 def _mix_whole(x: int) -> int:
@@ -161,7 +166,7 @@ def _draws(count: int, row: Tensor, seen: Tensor, stream: int) -> Tensor:
     drawn: list[Tensor] = []
     for turn in range(count):
         last = (unseen - count).clamp(min=0) + turn
-        rank = random_number(turn, row, stream) * (last + 1) >> 31
+        rank = random_number(row, turn_of(turn, stream)) * (last + 1) >> 31
         if drawn:
             rank = torch.where((torch.stack(drawn) == rank).any(0), last, rank)
         drawn.append(rank)

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Case:
     queries: int
     branches: Branches = ()
     blocks: tuple[str, ...] = ()
+    is_causal: bool = True
 
     def config(self, overlap: Overlap, offset: Offset = "head") -> DilatedConfig:
         """Return the case's pattern."""
@@ -69,7 +70,8 @@ def blocks_for(text: str, length: int) -> BlockSparseConfig:
     """Return a pattern of blocks of 128 tokens: its window is as wide as a density allows.
 
     Args:
-        text: ``strided``, ``sinks`` or ``bigbird``, and the density at this length, such as ``"strided:0.25"``.
+        text: ``strided``, ``sinks`` or ``bigbird``, and the density at this length, such as ``"strided:0.25"``; or
+            ``preset``, BigBird in both directions with three random blocks a row, as many as in the paper.
         length: Tokens in the sequence.
 
     Raises:
@@ -80,6 +82,8 @@ def blocks_for(text: str, length: int) -> BlockSparseConfig:
         33
     """
     name, _, fraction = text.partition(":")
+    if text == "preset":
+        return replace(BlockSparseConfig.bigbird(), random_blocks=1)  # and on average one drawn by a later row
     try:
         density = float(fraction)
     except ValueError:

@@ -130,7 +130,9 @@ def measure(run: Run, case: Case, modes: Sequence[str]) -> None:
         if not _affordable(run, case, variant, modes[0]):
             continue
         try:
-            prepared.append((variant, variant.prepare(), time.monotonic() - begin))
+            with variant.in_time():
+                attention = variant.prepare()
+            prepared.append((variant, attention, time.monotonic() - begin))
         except Exception as error:
             if not variant.optional:
                 raise
@@ -150,7 +152,8 @@ def _measure_mode(
             continue
         try:
             call = MODES[mode](attention, inputs)
-            once[variant.name] = _warm_up(call, case.device)
+            with variant.in_time():
+                once[variant.name] = _warm_up(call, case.device)
             memory[variant.name] = _extra_memory(run, case, mode, variant, call)
             calls[variant.name] = call
         except Exception as error:

@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_dilated
+from benchmarking.bigbird import bigbird_of_transformers
 from benchmarking.cases import Case, blocks_for
 from hf_dilated import BlockSparseConfig, DilatedConfig
 from hf_dilated.config import Offset, Overlap
@@ -36,6 +39,8 @@ class Variant:
         optional: Whether it may be missing on this machine.
         longest: Longest length, in tokens, to run it at; None is any.
         order: The order in which it wants the tokens; None is as they come.
+        is_checked: Whether it is compared with the oracle; what draws blocks of its own cannot be.
+        seconds: How long preparing and the first call may take; None is any time.
     """
 
     name: str
@@ -45,11 +50,28 @@ class Variant:
     optional: bool = False
     longest: int | None = None
     order: Tensor | None = None
+    is_checked: bool = True
+    seconds: float | None = None
 
     @property
     def is_control(self) -> bool:
         """Whether it measures another variant once more."""
         return self.name.endswith(CONTROL)
+
+    @contextmanager
+    def in_time(self) -> Iterator[None]:
+        """Stop what takes longer than ``seconds``, such as a compilation, with a ``TimeoutError``."""
+
+        def stop(*_: Any) -> None:
+            raise TimeoutError(f"not ready after {self.seconds:.0f} s")
+
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds or 0)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +81,7 @@ class Choice:
     overlaps: tuple[Overlap, ...] = ("once", "count")
     flex: bool = False
     flex_up_to: int = 32768
+    flex_seconds: float = 60
     dense_up_to: int = 131072
     peers: tuple[str, ...] = ()
     peer_offset: Offset = "head"
@@ -69,15 +92,18 @@ def variants(case: Case, choice: Choice) -> Iterator[Variant]:
     yield from _dense(case, choice.dense_up_to)
     for text in case.blocks:
         config = blocks_for(text, case.length)
-        share = BlockSparsePattern(config=config).density(case.length)
+        share = BlockSparsePattern(config=config).density(case.length, case.is_causal)
         name = f"{text.partition(':')[0]} {share:.1%}"
-        yield _ours(config, name)
+        yield ours(config, name, case.is_causal)
         if choice.flex:
-            yield _flex_blocks(case, config, f"flex {name}", choice.flex_up_to)
+            yield flex_blocks(case, config, f"flex {name}", choice.flex_up_to, choice.flex_seconds)
+    if not case.is_causal:
+        prepare = _bound(bigbird_of_transformers, case)
+        yield Variant(name="transformers bigbird", prepare=prepare, optional=True, is_checked=False)
     if case.blocks:
         return
     for overlap in choice.overlaps:
-        yield _ours(case.config(overlap), f"dilated {overlap}")
+        yield ours(case.config(overlap), f"dilated {overlap}")
     if choice.flex and case.queries == case.length:
         for overlap in choice.overlaps:
             yield _flex(case, case.config(overlap), f"flex {overlap}", choice.flex_up_to)
@@ -96,22 +122,23 @@ def with_control(chosen: Sequence[Variant]) -> list[Variant]:
 def _dense(case: Case, longest: int) -> Iterator[Variant]:
     growth = 2 if case.queries == case.length else 1
     if case.device == "cpu":
-        yield Variant(name="dense", prepare=lambda: _sdpa(None), growth=growth, longest=longest)
+        yield Variant(name="dense", prepare=lambda: _sdpa(None, case.is_causal), growth=growth, longest=longest)
         return
     kernels = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
     for name, backend in kernels.items():
-        prepare = _bound(_sdpa, backend)
+        prepare = _bound(_sdpa, backend, case.is_causal)
         yield Variant(name=f"dense {name}", prepare=prepare, growth=growth, longest=longest, optional=True)
-    yield Variant(name="dense fa4", prepare=_flash_attention_4, growth=growth, longest=longest, optional=True)
+    prepare = _bound(_flash_attention_4, case.is_causal)
+    yield Variant(name="dense fa4", prepare=prepare, growth=growth, longest=longest, optional=True)
 
 
 def _bound(function: Callable[..., Attention], *arguments: Any) -> Callable[[], Attention]:
     return lambda: function(*arguments)
 
 
-def _sdpa(backend: SDPBackend | None) -> Attention:
+def _sdpa(backend: SDPBackend | None, is_causal: bool) -> Attention:
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        causal = query.shape[2] == key.shape[2]  # a single query, the last one, sees every key
+        causal = is_causal and query.shape[2] == key.shape[2]  # a single query, the last one, sees every key
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
 
@@ -123,20 +150,22 @@ def _sdpa(backend: SDPBackend | None) -> Attention:
     return call if backend is None else call_on_backend
 
 
-def _flash_attention_4() -> Attention:
+def _flash_attention_4(is_causal: bool) -> Attention:
     flash = importlib.import_module("flash_attn.cute").flash_attn_func
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = flash(*(x.transpose(1, 2) for x in (query, key, value)), causal=True)
+        output = flash(*(x.transpose(1, 2) for x in (query, key, value)), causal=is_causal)
         return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
 
     return call
 
 
-def _ours(config: Pattern, name: str) -> Variant:
+def ours(config: Pattern, name: str, is_causal: bool = True) -> Variant:
+    """Our own attention along a pattern."""
+
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if isinstance(config, BlockSparseConfig):
-            output = hf_dilated.block_sparse_attention(query, key, value, config)
+            output = hf_dilated.block_sparse_attention(query, key, value, config, is_causal=is_causal)
         else:
             output = hf_dilated.dilated_attention(query, key, value, config)
         assert isinstance(output, Tensor)
@@ -171,20 +200,23 @@ def _flex(case: Case, config: DilatedConfig, name: str, longest: int, *, permute
     )
 
 
-def _flex_blocks(case: Case, config: BlockSparseConfig, name: str, longest: int) -> Variant:
+def flex_blocks(case: Case, config: BlockSparseConfig, name: str, longest: int, seconds: float) -> Variant:
+    """FlexAttention as its documentation says: a mask function over one table of blocks, everything compiled."""
+
     def prepare() -> Attention:
         torch._dynamo.config.recompile_limit = 256
-        seen = BlockSparsePattern(config=config).block_matrix(case.length, case.heads).to(case.device)
+        seen = BlockSparsePattern(config=config).block_matrix(case.length, 1, case.is_causal)[0].to(case.device)
         size, grouped = config.block_size, case.heads != case.kv_heads
 
         def sees(_: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (j <= i) & seen[head, i // size, j // size]
+            is_shown = seen[i // size, j // size]
+            return (j <= i) & is_shown if case.is_causal else is_shown
 
-        mask = torch.compile(create_block_mask)(sees, None, case.heads, case.length, case.length, device=case.device)
-        compiled = torch.compile(flex_attention, dynamic=False)
+        mask = torch.compile(create_block_mask)(sees, None, None, case.length, case.length, device=case.device)
+        compiled = torch.compile(flex_attention)
         return lambda query, key, value: compiled(query, key, value, block_mask=mask, enable_gqa=grouped)
 
-    return Variant(name=name, prepare=prepare, claims=config, growth=2, optional=True, longest=longest)
+    return Variant(name=name, prepare=prepare, claims=config, optional=True, longest=longest, seconds=seconds)
 
 
 def residue_order(length: int, config: DilatedConfig) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from benchmarking import parity, variants
+from benchmarking import parity, recompilations, variants
 from benchmarking.cases import Case, branches_for
 from benchmarking.variants import Choice, Variant
 from torch import Tensor
@@ -86,6 +86,26 @@ def test_rows_of_decoding(run: Callable[..., Result], tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {(row["length"], row["variant"]) for row in rows} >= {(256, "dense"), (512, "dense"), (512, "dilated once")}
     assert all((row["mode"], row["status"]) == ("eager", "measured") for row in rows)
+
+
+def test_rows_of_changing_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompilations, "LENGTHS", (256, 300, 513))
+    sizes = ["--heads", "2", "--head-dim", "16", "--lengths", "512", "--output", str(tmp_path), "--name", "rows"]
+    result = CliRunner().invoke(benchmark.app, ["block_sparse", "--changing", "--blocks", "strided:0.9", *sizes])
+    assert result.exit_code == 0, result.output
+    (row,) = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert (row["recompilations"], len(row["seconds"])) == (0, len(row["lengths"]))
+
+
+def test_rows_of_bigbird(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "LENGTH", 256)
+    sizes = ["--heads", "2", "--head-dim", "16", "--rounds", "5", "--output", str(tmp_path), "--name", "rows"]
+    result = CliRunner().invoke(benchmark.app, ["bigbird", "--lengths", "768", *sizes])
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["variant"] for row in rows if row["status"] == "measured"} >= {"dense", "transformers bigbird"}
+    result = CliRunner().invoke(benchmark.app, ["bigbird", "--lengths", "700", *sizes])
+    assert "700 tokens are no whole blocks" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(
