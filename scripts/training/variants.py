@@ -35,7 +35,7 @@ def variants(config: Any, length: int) -> dict[str, Variant]:
     """
     trained, layers = config.max_position_embeddings, config.num_hidden_layers
     once = DilatedConfig.from_model_config(config, max_length=length)
-    one, two = Preset(dense_every=layers).for_layers(layers), Preset(dense_every=(layers + 1) // 2).for_layers(layers)
+    last, ends = (Preset(dense_every=layers, dense_first=first).for_layers(layers) for first in (False, True))
     size = min(128, max(1, trained // BLOCKS_IN_A_WINDOW))
     near = BlockParts(local_blocks=trained // size + 1, global_blocks=1)
     by_head = (near, near, near, BlockParts(stride_blocks=1))  # the last quarter sees every block
@@ -48,23 +48,24 @@ def variants(config: Any, length: int) -> dict[str, Variant]:
     wide = DilatedConfig(segment_lengths=(trained, 4 * trained, length), dilation_rates=(1, 2, 4))
     patterns: dict[str, DilatedConfig | BlockSparseConfig] = {
         DENSE: DilatedConfig(segment_lengths=(length,), dilation_rates=(1,)),
-        "window, one dense layer": replace(window, **one),
-        "dilated, one dense layer": replace(once, sink_tokens=4, **one),
+        "window, last layer dense": replace(window, **last),
+        "window, first and last layer dense": replace(window, **ends),
+        "dilated, last layer dense": replace(once, sink_tokens=4, **last),
+        "dilated, first and last layer dense": replace(once, sink_tokens=4, **ends),
         "window, a quarter of the heads dense": BlockSparseConfig(block_size=size, layers=(by_head,)),
-        "window, two dense layers": replace(window, **two),
-        "dilated, two dense layers": replace(once, sink_tokens=4, **two),
+        "window, middle layer dense": replace(window, dense_layers=(layers // 2,)),
         "top-k": chosen,
-        "top-k, one dense layer": replace(chosen, **one),
+        "top-k, last layer dense": replace(chosen, **last),
         "dilated": once,
         "dilated, count": replace(once, overlap="count"),
         "dilated, sinks": replace(once, sink_tokens=4),
         "dilated, sinks, phase": replace(once, sink_tokens=4, phase="alternate"),
         "dilated, kv_head, rotate": replace(once, sink_tokens=4, offset="kv_head", rotate=True),
         "dilated, lower rates": replace(wide, sink_tokens=4),
-        "dilated, lower rates, one dense layer": replace(wide, sink_tokens=4, **one),
+        "dilated, lower rates, last layer dense": replace(wide, sink_tokens=4, **last),
         "window": window,
         "strided": strided,
-        "strided, one dense layer": replace(strided, **one),
+        "strided, last layer dense": replace(strided, **last),
         "segments as in LongLoRA": DilatedConfig(segment_lengths=(trained,), dilation_rates=(1,), phase="alternate"),
     }
     return {

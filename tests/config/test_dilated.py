@@ -138,4 +138,4 @@ def test_a_preset_is_what_a_model_gets(monkeypatch, module, name, config_class):
     before = config_class.from_model_config(model)
     assert before.dense_layers == ()
     monkeypatch.setattr(f"hf_dilated.config.{module}.{name}", Preset(dense_every=5))
-    assert config_class.from_model_config(model) == replace(before, dense_layers=(2, 7))
+    assert config_class.from_model_config(model) == replace(before, dense_layers=(4, 9))

@@ -89,7 +89,7 @@ def test_every_variant_is_a_pattern_of_its_own() -> None:
     known = variants.variants(config, 32768)
     classes = {"dilated": DilatedConfig, "block_sparse": BlockSparseConfig}
     assert len({classes[variant.backend].from_dict(variant.pattern) for variant in known.values()}) == len(known)
-    assert known["window, two dense layers"].pattern["dense_layers"] == [1, 4]
+    assert known["window, first and last layer dense"].pattern["dense_layers"] == [0, 4]
     assert next(iter(known)) == ablation.DENSE
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(output: Path, sources: Path) -> list[Result]:
     """A run that is stopped in the evaluation, and the same command again."""
     arguments = command_line(output, sources, "--train-base")
+    small = partial(script.train_base.Settings, rows=4, held_out_rows=4, vocabulary=300, hidden=64, layers=2)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.train_base, "Settings", small)
 
         def full(*arguments: Any, **options: Any) -> None:
             raise OSError("no space left")
@@ -119,6 +122,13 @@ def test_what_is_read_was_never_trained_on(runs: list[Result], output: Path, sou
     assert all(texts.values())
     for path in sources.iterdir():
         assert path.read_text() not in texts["training" if script.train_base.is_held_out(path.name) else "held-out"]
+
+
+def test_out_of_time(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(command_line(tmp_path / "out", sources, minutes=0), monkeypatch)
+    assert result.exit_code == 75
+    assert "stopped after 0 minutes; the same command goes on" in result.output
+    assert [path.name for path in (tmp_path / "out").rglob("*.json")] == ["texts.json"]  # a stamp of what was not done
 
 
 def test_a_finished_folder_is_left_alone_and_other_options_are_refused(
