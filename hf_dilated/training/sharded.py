@@ -1,6 +1,7 @@
 """Weights sharded with FSDP2: sums in float32, and a whole model in the end."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,13 @@ class ShardedTrainerMixin(Base):
             super().save_model(output_dir)
         finally:
             plugin.set_state_dict_type(kind)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled and not any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")):
+            raise ValueError(
+                f"{resume_from_checkpoint} was saved without FSDP; go on without it, or start in a new output_dir"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:  # gathered, so that tied weights no longer share memory
