@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from hf_dilated.config.checks import at_least, integer, known_fields, one_of
 
 Placement = Literal["auto", "zigzag", "contiguous"]
-Transport = Literal["auto", "gather", "exchange", "heads", "rows"]
+Transport = Literal["auto", "gather", "exchange", "symmetric", "heads", "rows"]
 
 GIBIBYTE = 1 << 30
 
@@ -25,7 +25,8 @@ class RingConfig:
             that causal work balances; ``"contiguous"`` gives it neighbours, which suits patterns that see mostly near
             tokens. ``"auto"`` takes zigzag for dense causal attention, contiguous otherwise.
         transport: How keys and values travel. ``"gather"``: all at once to every rank. ``"exchange"``: shard by shard,
-            the next one while one is computed with. ``"heads"``: tokens for heads, so that a rank attends with some
+            the next one while one is computed with. ``"symmetric"``: as gather or exchange, pulled by the copy engines
+            of the GPUs of one host. ``"heads"``: tokens for heads, so that a rank attends with some
             heads to everything (heads must divide). ``"rows"``: only the rows that a rank's queries see. ``"auto"``
             takes rows for patterns and windows, for dense attention gather while that needs at most ``gather_bytes``,
             and exchange beyond.

@@ -11,6 +11,8 @@ from hf_dilated.engine import execute
 from hf_dilated.engine.op import running, sink_gradient, with_sink
 from hf_dilated.engine.streamed import wide
 
+FEW_PORTIONS = 3  # merged without being rounded more often than by the calls of one device
+
 
 def attend(
     query: Tensor,
@@ -21,7 +23,10 @@ def attend(
     scale: float,
     memory: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Attend to what a transport brings; parts are merged and gradients added in float32 (float64 for float64).
+    """Attend to what a transport brings.
+
+    A few portions are merged, and their gradients added, as on one device; many in float32 (float64 for float64), so
+    that errors do not grow with the number of ranks.
 
     Args:
         query: (T, H, D), this rank's.
@@ -52,8 +57,9 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         q = _heads_first(query)
         with running(query, memory):
-            total = execute.output_total(q, value.shape[2], wide(query.dtype))
-            for part in start().portions(key, value):
+            transport = start()
+            total = execute.output_total(q, value.shape[2], _kept(query, transport))
+            for part in transport.portions(key, value):
                 execute.add_forward(total, part.plan, q, _heads_first(part.key), _heads_first(part.value), scale)
             merged, lse = total.result()
             output, lse = with_sink(merged, lse, sink_logits)
@@ -65,25 +71,25 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         query, key, value, sink_logits, output, lse = ctx.saved_tensors
-        transport, dtype = ctx.start(), wide(query.dtype)
+        transport = ctx.start()
+        dtype = _kept(query, transport)
         grad, q = _heads_first(grad.contiguous()), _heads_first(query)
         with running(query, ctx.memory):
             grad_query = execute.gradient_total(q, dtype)
-            own: list[Tensor] = []
             for part in transport.portions(key, value):
                 k, v = _heads_first(part.key), _heads_first(part.value)
                 totals = grad_query, execute.gradient_total(k, dtype), execute.gradient_total(v, dtype)
                 execute.add_backward(totals, part.plan, grad, q, k, v, output, lse, ctx.scale)
-                found = [total.result()[0].transpose(0, 1) for total in totals[1:]]
-                if part.place:
-                    transport.send_home(part, *found)
-                else:
-                    own = [x.to(dtype) for x in found]
-            for add in transport.arrivals():
-                add(*own)
-        grads = [grad_query.result()[0].transpose(0, 1), own[0].to(key.dtype), own[1].to(value.dtype)]
+                transport.take(part, *(total.result()[0].transpose(0, 1) for total in totals[1:]))
+            of_key, of_value = transport.gradients()
+        grads = grad_query.result()[0].transpose(0, 1), of_key.to(key.dtype), of_value.to(value.dtype)
         grad_sink = None if sink_logits is None else sink_gradient(sink_logits, grad, output, lse)
         return *grads, grad_sink, None, None, None
+
+
+def _kept(query: Tensor, transport: Transport) -> torch.dtype | None:
+    """The dtype in which results wait for the next portion; None leaves it to the engine."""
+    return wide(query.dtype) if transport.count > FEW_PORTIONS else None
 
 
 def _heads_first(x: Tensor) -> Tensor:

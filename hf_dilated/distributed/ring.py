@@ -1,6 +1,7 @@
 """Attention over a sequence whose tokens are spread over ranks: exact, whatever the pattern."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,15 +15,15 @@ from hf_dilated.distributed.chunks import attend_in_chunks
 from hf_dilated.distributed.communication import Wire
 from hf_dilated.distributed.heads import attend_by_heads
 from hf_dilated.distributed.layout import SequenceLayout
+from hf_dilated.distributed.pieces import Group
 from hf_dilated.distributed.session import active
 from hf_dilated.distributed.shares import Problem, own_plan
-from hf_dilated.distributed.transports import Exchange, Gather, Here, SeenRows
+from hf_dilated.distributed.symmetric import SymmetricWire
+from hf_dilated.distributed.transports import Here, Pieces, SeenRows, Transport
 from hf_dilated.engine import kernels
 from hf_dilated.functional import check_inputs
 from hf_dilated.patterns import DensePattern, parse
 from hf_dilated.patterns.partials import Pattern
-
-TRANSPORTS = {"gather": Gather, "exchange": Exchange, "rows": SeenRows}
 
 
 def ring_attention(
@@ -98,7 +99,13 @@ def ring_attention(
     elif (name := choose_transport(problem, config, k, v)) == "heads":
         output, lse = attend_by_heads(q, k, v, sink_logits, problem, wire, scale, memory)
     else:
-        output, lse = attend(q, k, v, sink_logits, partial(TRANSPORTS[name], wire, problem), scale, memory)
+        start: Callable[[], Transport]
+        if name == "rows":
+            start = partial(SeenRows, wire, problem)
+        else:
+            carrier = SymmetricWire.over(wire, query.device) if name == "symmetric" else wire
+            start = partial(Pieces, carrier, problem, groups_of(name, wire.ranks, fits=_fits(problem, config, k, v)))
+        output, lse = attend(q, k, v, sink_logits, start, scale, memory)
     output = output.view(layout.rows, layout.slots, *output.shape[1:]).transpose(1, 2)
     if not return_lse:
         return output
@@ -121,8 +128,19 @@ def choose_transport(problem: Problem, config: RingConfig, key: Tensor, value: T
         return config.transport
     if not attends_densely(problem):
         return "rows"
-    size = ranks * (key.numel() * key.element_size() + value.numel() * value.element_size())
-    return "gather" if size <= config.gather_bytes else "exchange"
+    return "gather" if _fits(problem, config, key, value) else "exchange"
+
+
+def _fits(problem: Problem, config: RingConfig, key: Tensor, value: Tensor) -> bool:
+    """Whether the keys and values of all ranks may be here at once."""
+    return problem.layout.ranks * (key.nbytes + value.nbytes) <= config.gather_bytes
+
+
+def groups_of(transport: TransportName, ranks: int, *, fits: bool) -> tuple[Group, ...]:
+    """Return which ranks' pieces a rank has at once; ``fits`` says whether ``"symmetric"`` may have all."""
+    distances = tuple(range(1, ranks))
+    at_once = transport == "gather" or (transport == "symmetric" and fits)
+    return (distances,) if at_once else tuple((distance,) for distance in distances)
 
 
 def attends_densely(problem: Problem) -> bool:

@@ -68,7 +68,10 @@ def levels_of(problem: Problem) -> Sequence[Level]:
     return pattern.levels(problem.layout.documents, problem.heads, problem.kv_heads, problem.is_causal)
 
 
-def _plan(problem: Problem, levels: Sequence[Level], keys: int, *, goes_on: bool, kv_heads: int | None = None) -> Plan:
+def plan_for(
+    problem: Problem, levels: Sequence[Level], keys: int, *, goes_on: bool, kv_heads: int | None = None
+) -> Plan:
+    """Plan a rank's partial attentions to ``keys`` keys; ``goes_on`` after others of the same queries."""
     documents = problem.layout.documents
     recurs = len(documents.length) == problem.layout.rows and len(set(documents.length)) == 1
     frame = Frame(1, problem.tokens, keys, recurs)
@@ -79,7 +82,7 @@ def _plan(problem: Problem, levels: Sequence[Level], keys: int, *, goes_on: bool
 def own_plan(problem: Problem, rank: int) -> Plan:
     """A rank's queries and its own keys."""
     shard = problem.layout.shards[rank]
-    return _plan(problem, between(levels_of(problem), shard, shard), problem.tokens, goes_on=False)
+    return plan_for(problem, between(levels_of(problem), shard, shard), problem.tokens, goes_on=False)
 
 
 @lru_cache(maxsize=KEPT)
@@ -94,38 +97,10 @@ def chunk_plan(problem: Problem, size: int, queries: int, keys: int) -> Plan:
 
 
 @lru_cache(maxsize=8 * KEPT)
-def pair_plan(problem: Problem, rank: int, other: int) -> Plan:
-    """A rank's queries and the keys of another rank."""
-    return _plan(problem, _pair_levels(problem, rank, other), problem.tokens, goes_on=True)
-
-
-@lru_cache(maxsize=8 * KEPT)
-def _pair_levels(problem: Problem, rank: int, other: int) -> list[Level]:
+def pair_levels(problem: Problem, rank: int, other: int) -> list[Level]:
+    """The partial attentions of a rank's queries to the keys of another rank."""
     shards = problem.layout.shards
     return between(levels_of(problem), shards[rank], shards[other])
-
-
-def needs(problem: Problem, rank: int, other: int) -> bool:
-    """Whether a rank's queries see any key of another rank."""
-    return bool(_pair_levels(problem, rank % problem.layout.ranks, other % problem.layout.ranks))
-
-
-@dataclass(frozen=True, eq=False)
-class Gathered:
-    """A rank's queries and the keys of all others, taken from (P · tokens) gathered places in the batch's order."""
-
-    plan: Plan
-    index: Index
-
-
-@lru_cache(maxsize=KEPT)
-def gathered_plan(problem: Problem, rank: int) -> Gathered:
-    """A rank's queries and the keys of all other ranks, gathered."""
-    shards = problem.layout.shards
-    keys = Shard.joined([_without(s) if r == rank else s for r, s in enumerate(shards)], problem.tokens)
-    ordered = Shard(keys.begin, keys.count, np.cumsum(keys.count) - keys.count)
-    levels = between(levels_of(problem), shards[rank], ordered)
-    return Gathered(_plan(problem, levels, int(keys.count.sum()), goes_on=True), Index(keys.places))
 
 
 def _without(shard: Shard) -> Shard:
@@ -138,19 +113,17 @@ class Seen:
 
     Attributes:
         plan: Attends with rows for tokens.
-        kv_heads: Key-value heads of a row.
         send: Rows for every rank.
         receive: Rows from every rank.
-        token: Place of every row that is sent, for rank after rank.
-        head: Its key-value head.
+        per_head: Whether a row holds one key-value head or all.
+        index: Place of every row that is sent, for rank after rank: ``token`` or ``token * kv_heads + head``.
     """
 
     plan: Plan
-    kv_heads: int
+    per_head: bool
     send: tuple[int, ...]
     receive: tuple[int, ...]
-    token: Index
-    head: Index | None
+    index: Index
 
 
 @lru_cache(maxsize=KEPT)
@@ -165,12 +138,11 @@ def seen_plan(problem: Problem, rank: int) -> Seen:
     per_head = _differ(problem)
     kv_heads = 1 if per_head else problem.kv_heads
     return Seen(
-        plan=_plan(problem, own.levels, len(own.token), goes_on=True, kv_heads=kv_heads),
-        kv_heads=kv_heads,
+        plan=plan_for(problem, own.levels, len(own.token), goes_on=True, kv_heads=kv_heads),
+        per_head=per_head,
         send=tuple(int(mine.sum()) for mine in chosen),
         receive=tuple(np.bincount(own.token // distance, minlength=ranks).tolist()),
-        token=Index(token),
-        head=Index(head) if per_head else None,
+        index=Index(token * problem.kv_heads + head if per_head else token),
     )
 
 

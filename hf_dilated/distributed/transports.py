@@ -2,29 +2,22 @@
 
 A transport yields *portions*: keys and values that have arrived, and the plan that attends to them. What comes next is
 on its way while a portion is computed with. Gradients travel in the dtype of the keys; what comes from several ranks is
-added in the order of the ranks.
+added in one order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from hf_dilated.distributed.communication import Arrival, Wire
-from hf_dilated.distributed.shares import (
-    Problem,
-    Seen,
-    gathered_plan,
-    needs,
-    own_plan,
-    pair_plan,
-    seen_plan,
-)
+from hf_dilated.distributed.pieces import Group, Trade, trade_of
+from hf_dilated.distributed.shares import Problem, Seen, own_plan, seen_plan
 from hf_dilated.engine.plan import Plan
+from hf_dilated.engine.streamed import wide
 
-Homecoming = Callable[[Tensor, Tensor], None]  # adds what has arrived to the gradients of a rank's keys and values
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,22 +27,27 @@ class Portion:
     plan: Plan
     key: Tensor
     value: Tensor
-    place: int  # of the ranks' exchange it came by; 0 is the rank's own
+    place: int  # in the order of portions; 0 is the rank's own
 
 
 class Transport(Protocol):
     """Brings keys and values to queries; one object serves one forward or one backward pass."""
 
+    @property
+    def count(self) -> int:
+        """How many portions there are."""
+        ...
+
     def portions(self, key: Tensor, value: Tensor) -> Iterator[Portion]:
         """Yield what there is to attend to, the rank's own tokens first."""
         ...
 
-    def send_home(self, portion: Portion, grad_key: Tensor, grad_value: Tensor) -> None:
-        """Begin to send the gradients of a portion's keys and values to where they came from."""
+    def take(self, portion: Portion, grad_key: Tensor, grad_value: Tensor) -> None:
+        """Take the gradients of a portion's keys and values, and begin to send them to where these came from."""
         ...
 
-    def arrivals(self) -> Iterator[Homecoming]:
-        """Yield what adds the gradients from other ranks, in a fixed order."""
+    def gradients(self) -> Pair:
+        """Return the gradients of the rank's own keys and values, with what came from other ranks."""
         ...
 
 
@@ -58,88 +56,78 @@ class Here:
     """Everything is here already."""
 
     plan: Plan
+    count: int = 1
+    _own: Pair = field(init=False)
 
     def portions(self, key: Tensor, value: Tensor) -> Iterator[Portion]:
         yield Portion(self.plan, key, value, 0)
 
-    def send_home(self, portion: Portion, grad_key: Tensor, grad_value: Tensor) -> None:
-        raise AssertionError("nothing came from elsewhere")
+    def take(self, portion: Portion, grad_key: Tensor, grad_value: Tensor) -> None:
+        self._own = grad_key, grad_value
 
-    def arrivals(self) -> Iterator[Homecoming]:
-        return iter(())
+    def gradients(self) -> Pair:
+        return self._own
 
 
 @dataclass
-class Gather:
-    """Everything to everybody at once: the fewest and largest kernel calls; memory for the keys of all ranks."""
+class Pieces:
+    """Pieces of the shards of other ranks, one group of ranks after the other, and each group's at once.
+
+    One group of all takes the fewest and largest kernel calls, groups of one the least memory: three shards.
+    """
 
     wire: Wire
     problem: Problem
-    _home: list[Arrival] = field(default_factory=list)
+    groups: tuple[Group, ...]
+    _own: Pair = field(init=False)
+    _home: list[Arrival[tuple[Tensor, ...]]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return 1 + len(self.groups)
 
     def portions(self, key: Tensor, value: Tensor) -> Iterator[Portion]:
-        arriving = self.wire.gather(key), self.wire.gather(value)
-        share = gathered_plan(self.problem, self.wire.rank)
+        trades = [trade_of(self.problem, self.wire.rank, group) for group in self.groups]
+        arriving = self._begin(trades[0], key, value)
         yield Portion(own_plan(self.problem, self.wire.rank), key, value, 0)
-        gathered = [arrival.wait().flatten(0, 1)[share.index.on(key.device)] for arrival in arriving]
-        yield Portion(share.plan, gathered[0], gathered[1], 1)
+        for number, trade in enumerate(trades, 1):
+            arrived = arriving.wait()
+            if number < len(trades):
+                arriving = self._begin(trades[number], key, value)
+            yield Portion(trade.plan, arrived[0], arrived[1], number)
 
-    def send_home(self, portion: Portion, grad_key: Tensor, grad_value: Tensor) -> None:
-        index = gathered_plan(self.problem, self.wire.rank).index
-        even = [self.problem.tokens] * self.wire.ranks
-        for grad in (grad_key, grad_value):
-            spread = grad.new_zeros(sum(even), *grad.shape[1:])
-            spread[index.on(grad.device)] = grad
-            self._home.append(self.wire.exchange(spread, even, even))
+    def _begin(self, trade: Trade, key: Tensor, value: Tensor) -> Arrival[tuple[Tensor, ...]]:
+        return self.wire.trade((key, value), trade.out)
 
-    def arrivals(self) -> Iterator[Homecoming]:
-        def add(grad_key: Tensor, grad_value: Tensor) -> None:
-            for total, arrival in zip((grad_key, grad_value), self._home, strict=True):
-                for part in arrival.wait().unflatten(0, (self.wire.ranks, -1)):
-                    total += part
+    def take(self, portion: Portion, grad_key: Tensor, grad_value: Tensor) -> None:
+        grads = grad_key, grad_value
+        if portion.place == 0:
+            self._own = grads
+            return
+        trade = trade_of(self.problem, self.wire.rank, self.groups[portion.place - 1])
+        self._home.append(self.wire.trade(grads, trade.home))
+        if len(self._home) > 1:  # what is on its way has the time of the next portion
+            self._add(self._home.pop(0))
 
-        yield add
+    def gradients(self) -> Pair:
+        for arrival in self._home:
+            self._add(arrival)
+        return self._own
 
+    def _add(self, arrival: Arrival[tuple[Tensor, ...]]) -> None:
+        grad_key, grad_value = (self._sum(*pair) for pair in zip(self._own, arrival.wait(), strict=True))
+        self._own = grad_key, grad_value
 
-@dataclass
-class Exchange:
-    """Shard after shard from rank to rank: memory for three shards, whatever the number of ranks."""
-
-    wire: Wire
-    problem: Problem
-    _home: list[list[Arrival]] = field(default_factory=list)
-
-    def portions(self, key: Tensor, value: Tensor) -> Iterator[Portion]:
-        rank, ranks = self.wire.rank, self.wire.ranks
-        arriving = [self._begin(x, 1) for x in (key, value)]
-        yield Portion(own_plan(self.problem, rank), key, value, 0)
-        for distance in range(1, ranks):
-            current = arriving
-            arriving = [self._begin(x, distance + 1) for x in (key, value)] if distance + 1 < ranks else []
-            plan = pair_plan(self.problem, rank, (rank - distance) % ranks)
-            yield Portion(plan, current[0].wait(), current[1].wait(), distance)
-
-    def _begin(self, x: Tensor, distance: int) -> Arrival:
-        sends = needs(self.problem, self.wire.rank + distance, self.wire.rank)
-        receives = self.problem.tokens * needs(self.problem, self.wire.rank, self.wire.rank - distance)
-        return self.wire.shift(x, distance, sends=sends, receives=receives)
-
-    def send_home(self, portion: Portion, grad_key: Tensor, grad_value: Tensor) -> None:
-        distance = portion.place
-        sends = needs(self.problem, self.wire.rank, self.wire.rank - distance)
-        receives = self.problem.tokens * needs(self.problem, self.wire.rank + distance, self.wire.rank)
-        pair = [self.wire.shift(x, -distance, sends=sends, receives=receives) for x in (grad_key, grad_value)]
-        self._home.append(pair)
-
-    def arrivals(self) -> Iterator[Homecoming]:
-        for pair in self._home:
-
-            def add(grad_key: Tensor, grad_value: Tensor, pair: list[Arrival] = pair) -> None:
-                for total, arrival in zip((grad_key, grad_value), pair, strict=True):
-                    if len(part := arrival.wait()):
-                        total += part
-
-            yield add
+    def _sum(self, own: Tensor, arrived: Tensor) -> Tensor:
+        """Add the layers that have arrived; those of all ranks in one go, which torch does in float32."""
+        layers = arrived.unflatten(0, (-1, self.problem.tokens))
+        if len(self.groups) == 1:
+            layers[0] = own
+            return layers.sum(0)
+        total = own.to(wide(own.dtype))
+        for layer in layers[1:]:
+            total += layer
+        return total
 
 
 @dataclass
@@ -148,30 +136,35 @@ class SeenRows:
 
     wire: Wire
     problem: Problem
-    _home: list[Arrival] = field(default_factory=list)
+    count: int = 2
+    _own: Pair = field(init=False)
+    _home: list[Arrival[Tensor]] = field(default_factory=list)
 
     @property
     def _seen(self) -> Seen:
         return seen_plan(self.problem, self.wire.rank)
 
     def portions(self, key: Tensor, value: Tensor) -> Iterator[Portion]:
-        seen, places = self._seen, self._places(key.device)
-        arriving = [self.wire.exchange(x[places], seen.send, seen.receive) for x in (key, value)]
+        seen, places = self._seen, self._seen.index.on(key.device)
+        arriving = [self.wire.exchange(self._rows(x)[places], seen.send, seen.receive) for x in (key, value)]
         yield Portion(own_plan(self.problem, self.wire.rank), key, value, 0)
-        key_rows, value_rows = (x.wait().unflatten(0, (-1, 1)) if seen.head is not None else x.wait() for x in arriving)
+        key_rows, value_rows = (x.wait().unsqueeze(1) if seen.per_head else x.wait() for x in arriving)
         yield Portion(seen.plan, key_rows, value_rows, 1)
 
-    def _places(self, device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(index.tensor(device) for index in (self._seen.token, self._seen.head) if index is not None)
+    def _rows(self, x: Tensor) -> Tensor:
+        """One row a token, or one a token and head, of x (T, G, D)."""
+        return x.flatten(0, 1) if self._seen.per_head else x
 
-    def send_home(self, portion: Portion, grad_key: Tensor, grad_value: Tensor) -> None:
-        for grad in (grad_key, grad_value):
-            rows = grad if self._seen.head is None else grad.squeeze(1)
-            self._home.append(self.wire.exchange(rows, self._seen.receive, self._seen.send))
+    def take(self, portion: Portion, grad_key: Tensor, grad_value: Tensor) -> None:
+        if portion.place == 0:
+            self._own = grad_key, grad_value
+            return
+        seen = self._seen
+        self._home = [self.wire.exchange(self._rows(x), seen.receive, seen.send) for x in (grad_key, grad_value)]
 
-    def arrivals(self) -> Iterator[Homecoming]:
-        def add(grad_key: Tensor, grad_value: Tensor) -> None:
-            for total, arrival in zip((grad_key, grad_value), self._home, strict=True):
-                total.index_put_(self._places(total.device), arrival.wait().to(total.dtype), accumulate=True)
-
-        yield add
+    def gradients(self) -> Pair:
+        totals = [x.to(wide(x.dtype)).contiguous() for x in self._own]
+        for total, arrival in zip(totals, self._home, strict=True):
+            arrived = arrival.wait().to(total.dtype)
+            self._rows(total).index_add_(0, self._seen.index.tensor(total.device), arrived)
+        return totals[0], totals[1]

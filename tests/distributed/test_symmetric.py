@@ -1,0 +1,93 @@
+"""Pulls from symmetric memory, with files that all processes map in place of it: contents, order, refusals."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+
+from hf_dilated import RingConfig, SequenceLayout, ring_attention
+from hf_dilated.distributed.symmetric import SymmetricWire
+from tests.distributed.processes import run_on_ranks
+from tests.distributed.test_ring import Case, differences, shards_of
+
+
+class Files:
+    """Symmetric memory: the n-th buffer of every rank is a file."""
+
+    def __init__(self, folder: str, rank: int) -> None:
+        self.folder, self.rank, self.count, self.numbers = folder, rank, 0, dict[int, int]()
+
+    def open(self, rank: int, number: int, size: int) -> torch.Tensor:
+        return torch.from_file(f"{self.folder}/{rank}-{number}", shared=True, size=size, dtype=torch.uint8)
+
+    def empty(self, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        self.count += 1
+        buffer = self.open(self.rank, self.count, size)
+        self.numbers[buffer.data_ptr()] = self.count
+        return buffer
+
+    def rendezvous(self, buffer: torch.Tensor, group: str) -> "Handle":
+        return Handle(self, self.numbers[buffer.untyped_storage().data_ptr()])
+
+
+class Handle:
+    """Reaches a buffer of all ranks; some come to a barrier late, and leave it late."""
+
+    def __init__(self, files: Files, number: int) -> None:
+        self.files, self.number, self.draw = files, number, random.Random(files.rank)
+
+    def barrier(self, channel: int) -> None:
+        time.sleep(self.draw.random() * 2e-3)
+        dist.barrier()
+        time.sleep(self.draw.random() * 2e-3)
+
+    def get_buffer(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        count = torch.Size(shape).numel()
+        return self.files.open(rank, self.number, count * dtype.itemsize).view(dtype).view(shape)
+
+
+def check(rank: int, ranks: int, folder: str) -> list[str]:
+    files = Files(folder, rank)
+    symmetric_memory.empty, symmetric_memory.rendezvous = files.empty, files.rendezvous
+    SymmetricWire.over = classmethod(lambda cls, wire, device: cls(wire.group, wire.rank, wire.ranks, wire.finish))  # type: ignore[method-assign]
+    wrong = []
+    for seed in range(20):
+        case = Case(seed)
+        layout = SequenceLayout.of((case.rows, case.length), ranks, kind=case.kind, **case.options)
+        *inputs, grad = shards_of(case, layout, rank)
+        inputs = [x.requires_grad_() for x in inputs]
+        config = RingConfig(transport="symmetric", gather_bytes=0 if seed % 2 else 1 << 30)
+        output, lse = ring_attention(
+            *inputs, layout, group=dist.group.WORLD, pattern=case.pattern, is_causal=case.is_causal, config=config,
+            return_lse=True,
+        )  # fmt: skip
+        found = [output.detach(), lse, *torch.autograd.grad(output, inputs, grad)]
+        wrong += differences(case, layout, rank, found, case.expected())
+    return wrong
+
+
+@pytest.mark.timeout(100)
+def test_pulled_pieces_give_the_oracles_results(tmp_path: Path) -> None:
+    for rank, wrong in enumerate(run_on_ranks(3, check, 3, str(tmp_path))):
+        assert wrong == [], f"rank {rank}"
+
+
+def refused(rank: int) -> str:
+    layout = SequenceLayout.of((1, 8), 2)
+    inputs: Any = [torch.randn(1, 2, 4, 8) for _ in range(3)]
+    try:
+        ring_attention(*inputs, layout, group=dist.group.WORLD, config=RingConfig(transport="symmetric"))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.timeout(60)
+def test_tensors_on_a_cpu_are_refused() -> None:
+    for message in run_on_ranks(2, refused):
+        assert 'transport="symmetric": needs GPUs, the tensors are on cpu; use "auto"' in message
