@@ -7,6 +7,7 @@
     python scripts/benchmark.py block_sparse --device cuda --kv-heads 8 --changing
     python scripts/benchmark.py bigbird --device cuda
     torchrun --nproc-per-node 2 scripts/benchmark.py ring --device cuda --output scripts/benchmarks
+    python scripts/benchmark.py ring_traffic --output scripts/benchmarks
     python scripts/benchmark.py memory
     python scripts/benchmark.py soak --seconds 600
 
@@ -27,6 +28,7 @@ from benchmarking.cases import Case, blocks_for, branches_for, describe_machine
 from benchmarking.recompilations import count_recompilations
 from benchmarking.ring import RingCase
 from benchmarking.ring_run import run_ring
+from benchmarking.ring_traffic import run_traffic
 from benchmarking.runner import Run, measure
 from benchmarking.soak import soak as run_soak
 from benchmarking.variants import CONTROL, Choice, variants
@@ -248,6 +250,7 @@ def ring(
     documents: Annotated[Literal["one", "packed"], typer.Option(help="One document, or five of 38% to 1.6%.")] = "one",
     transports: Annotated[str, typer.Option(help="Of RingConfig, separated by commas.")] = "auto",
     backward: Annotated[bool, typer.Option(help="Measure forward + backward as well.")] = True,
+    alone: Annotated[bool, typer.Option(help="Measure the whole sequence in one process as well.")] = True,
     rounds: RoundsOption = 7,
     output: OutputOption = Path("outputs/benchmarks"),
     name: NameOption = "",
@@ -260,7 +263,30 @@ def ring(
         for length in parse_lengths(lengths)
     ]
     path = output / f"{name or f'ring-{device}-{pattern}-{documents}'.replace(':', '-')}.jsonl"
-    run_ring(cases, transports.split(","), ["forward", "forward+backward"] if backward else ["forward"], rounds, path)
+    modes = ["forward", "forward+backward"] if backward else ["forward"]
+    run_ring(cases, transports.split(","), modes, rounds, path, alone=alone)
+
+
+@app.command(name="ring_traffic")
+def ring_traffic(
+    lengths: LengthsOption = "256k,1M",
+    ranks: Annotated[int, typer.Option(min=2, help="Processes.")] = 4,
+    heads: HeadsOption = 32,
+    kv_heads: KvHeadsOption = 8,
+    head_dim: HeadDimOption = 128,
+    dtype: DtypeOption = None,
+    patterns: Annotated[str, typer.Option(help="As for ring, separated by commas.")] = "dense,four,model",
+    output: OutputOption = Path("outputs/benchmarks"),
+    name: NameOption = "ring-traffic",
+) -> None:
+    """Bytes that the ranks of a ring send, counted from their plans; runs anywhere, in one process."""
+    shape = {"device": "cpu", "dtype": dtype or "bfloat16", "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    cases = [
+        RingCase(**shape, length=length, documents="one", pattern=pattern)  # type: ignore[arg-type]
+        for length in parse_lengths(lengths)
+        for pattern in patterns.split(",")
+    ]
+    run_traffic(cases, ranks, output / f"{name}.jsonl")
 
 
 def _cases(

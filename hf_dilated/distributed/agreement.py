@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -21,6 +21,11 @@ from hf_dilated.distributed.communication import Wire
 STORE_HOST = 0  # the rank whose process usually holds the store
 GRACE_SECONDS = 10.0  # for a rank to notice by itself that another one is lost, before its process is ended
 _opened: Counter[str] = Counter()  # sessions of a group so far, by its ranks: all of them have opened as many
+
+
+NO_ANSWER = "no longer answers {}: the store of all processes is there"
+
+Result = TypeVar("Result")
 
 
 class DisagreementError(RuntimeError):
@@ -51,6 +56,7 @@ class Watch:
         self._store, self._own_store = self._client(), self._client()  # one for each thread
         self._lost: RankLostError | None = None
         self._over, self._found = threading.Event(), threading.Event()
+        self._rounds, self._is_silent = 0, False  # looks at all ranks; whether the store has stopped answering
         self._thread = threading.Thread(target=self._watch, name="hf_dilated watch", daemon=True)
 
     def _client(self) -> dist.Store:
@@ -62,6 +68,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         self._beat(self._store)
         self._thread.start()
+        threading.Thread(target=self._guard, name="hf_dilated guard", daemon=True).start()
         return self
 
     def __exit__(
@@ -79,7 +86,8 @@ class Watch:
         elif self._names[self.wire.rank] == STORE_HOST:
             self._linger(self.timeout)
         self._over.set()
-        self._thread.join(self.timeout)
+        if not self._is_silent:
+            self._thread.join(self.timeout)
         if lost is not None and error is not lost:
             raise lost from error
 
@@ -92,7 +100,7 @@ class Watch:
 
     def _store_has(self, keys: list[str]) -> bool:
         try:
-            return self._store.check(keys)
+            return self._beside(lambda: self._store.check(keys), of_store=True)
         except RuntimeError:
             return True
 
@@ -105,11 +113,7 @@ class Watch:
         """
         self.step += 1
         mine = "\n".join(f"{name}={value}" for name, value in facts.items())
-        self._beat(self._store)
-        self._store.set(f"facts/{self.step}/{self.wire.rank}", mine)
-        given = [self._facts(rank) for rank in range(self.wire.ranks)]
-        if self.step > 2:
-            self._store.delete_key(f"facts/{self.step - 2}/{self.wire.rank}")
+        given = self._beside(lambda: self._exchange(mine))
         for name in facts:
             values = [fact.get(name) for fact in given]
             if len(set(values)) > 1:
@@ -118,6 +122,14 @@ class Watch:
                     f"step {self.step}: the ranks of a sequence must get the same batch and settings, but {name} "
                     f"differs ({said})"
                 )
+
+    def _exchange(self, mine: str) -> list[dict[str, str]]:
+        self._beat(self._store)
+        self._store.set(f"facts/{self.step}/{self.wire.rank}", mine)
+        given = [self._facts(rank) for rank in range(self.wire.ranks)]
+        if self.step > 2:
+            self._store.delete_key(f"facts/{self.step - 2}/{self.wire.rank}")
+        return given
 
     def _facts(self, rank: int) -> dict[str, str]:
         key, deadline = f"facts/{self.step}/{rank}", time.monotonic() + self.patience
@@ -152,7 +164,7 @@ class Watch:
         """
         try:
             if blocks:
-                self._wait_beside(wait)
+                self._beside(wait)
             else:
                 wait()
         except RankLostError:
@@ -162,23 +174,29 @@ class Watch:
                 raise lost from error
             raise
 
-    def _wait_beside(self, wait: Callable[[], None]) -> None:
-        """Wait in a thread that can be left behind: what a lost rank does not answer cannot be called off."""
-        done, errors = threading.Event(), list[RuntimeError]()
+    def _beside(self, call: Callable[[], Result], *, of_store: bool = False) -> Result:
+        """Call in a thread that can be left behind: what a lost rank does not answer cannot be called off.
+
+        Args:
+            call: What to do.
+            of_store: Whether it needs the store alone, which answers also after another rank is lost.
+        """
+        done, results, errors = threading.Event(), list[Result](), list[RuntimeError]()
 
         def run() -> None:
             try:
-                wait()
+                results.append(call())
             except RuntimeError as error:
                 errors.append(error)
             done.set()
 
         threading.Thread(target=run, name="hf_dilated wait", daemon=True).start()
         while not done.wait(0.02):
-            if self._lost is not None:
+            if self._lost is not None and (self._is_silent or not of_store):
                 raise self._lost
         if errors:
             raise errors[0]
+        return results[0]
 
     def _await_loss(self) -> RankLostError | None:
         self._found.wait(self.timeout + 2 * self._interval)
@@ -198,9 +216,23 @@ class Watch:
                 self._beat(self._own_store)
                 for rank in seen:
                     self._look_at(rank, seen)
+                self._rounds += 1
             except RuntimeError as error:
                 if not self._over.is_set():
                     self._lose_store(error)
+
+    def _guard(self) -> None:
+        """Notice that the store does not answer, and end a process that waits in vain."""
+        rounds, silent, before = self._rounds, 0.0, time.monotonic()
+        while not self._over.wait(self._interval) and self._lost is None:
+            now = time.monotonic()
+            silent += min(now - before, 2 * self._interval)  # this process may have been stopped itself
+            before = now
+            if self._rounds != rounds:
+                rounds, silent = self._rounds, 0.0
+            elif silent > self.timeout + self._interval and self._lost is None:
+                self._is_silent = True
+                self._lose_named(STORE_HOST, NO_ANSWER.format(f"for {self.timeout:g} seconds"))
         if self._lost is not None and not self._over.wait(GRACE_SECONDS):
             print(f"hf_dilated: {self._lost}; this process waits for it in vain and ends", file=sys.stderr, flush=True)
             os._exit(1)
@@ -223,9 +255,7 @@ class Watch:
 
     def _lose_store(self, error: RuntimeError) -> None:
         if isinstance(error, dist.DistNetworkError):
-            self._lose_named(
-                STORE_HOST, f"no longer answers ({type(error).__name__}): the store of all processes is there"
-            )
+            self._lose_named(STORE_HOST, NO_ANSWER.format(f"({type(error).__name__})"))
         else:
             self._lose(self.wire.rank, f"cannot use the store of all processes ({error})")
 
@@ -237,9 +267,10 @@ class Watch:
 
     def _try_set(self, key: str, value: str) -> None:
         try:
-            self._store.set(key, value)
+            self._beside(lambda: self._store.set(key, value), of_store=True)
         except RuntimeError as error:
-            self._lose_store(error)
+            if error is not self._lost:
+                self._lose_store(error)
 
 
 def _timeout_of(group: dist.ProcessGroup) -> float:

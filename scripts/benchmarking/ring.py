@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarking.cases import DTYPES, branches_for
 from hf_dilated import DilatedConfig, RingConfig, SequenceLayout, reference, ring_attention
-from hf_dilated.functional import attend
+from hf_dilated.distributed.communication import bytes_sent
+from hf_dilated.engine import kernels
 from hf_dilated.patterns import DensePattern, DilatedPattern, Pattern
 from hf_dilated.timing import Call, release, repeats_for, time_call
 
@@ -57,6 +58,19 @@ class RingCase:
         counts = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
         return torch.cat([torch.arange(count) for count in counts])[None]
 
+    def is_plain(self) -> bool:
+        """Whether torch's own attention computes the same."""
+        return self.pattern == "dense" and self.documents == "one"
+
+    def operations(self) -> int | None:
+        """Floating-point operations of a dense causal forward pass."""
+        if self.pattern != "dense":
+            return None
+        ids = self.position_ids()
+        starts = [0] if ids is None else (ids[0] == 0).nonzero()[:, 0].tolist()
+        lengths = [end - begin for begin, end in zip(starts, [*starts[1:], self.length], strict=True)]
+        return 2 * self.heads * self.head_dim * sum(length**2 for length in lengths)
+
     def inputs(self, slots: int, seed: int) -> list[Tensor]:
         """Random query, key and value (1, heads, slots, D), laid out as a model's projections are."""
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -74,9 +88,15 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def on_one(case: RingCase) -> Attention:
-    """The whole sequence in this process."""
-    positions = case.position_ids()  # they count from 0 in every document
-    return lambda q, k, v: attend(q, k, v, case.of_pattern(), key_positions=positions)  # type: ignore[return-value]
+    """The whole sequence in this process, on the kernel that the ring runs."""
+    run = partial(ring_attention, layout=case.layout(1), pattern=case.of_pattern())
+    return lambda q, k, v: run(q, k, v)  # type: ignore[return-value]
+
+
+def torch_on_one(case: RingCase) -> Attention:
+    """The whole sequence in this process, as torch chooses."""
+    grouped = case.heads != case.kv_heads
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 def on_ranks(case: RingCase, transport: Any) -> Attention:
@@ -111,7 +131,7 @@ def call_of(attention: Attention, inputs: list[Tensor], mode: str) -> Call:
 
 
 def slowest(seconds: float, device: str) -> float:
-    """The time of the slowest process."""
+    """The time of the slowest process, or whatever else is largest."""
     longest = torch.tensor([seconds], device=device, dtype=torch.float64)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
     return longest.item()
@@ -147,20 +167,27 @@ def small(pattern: str) -> str:
     return pattern if pattern == "dense" else "128:1,256:2,512:4,1024:8"
 
 
-def measure(case: RingCase, mode: str, transports: list[str], rounds: int) -> Iterator[dict[str, Any]]:
-    """Time everything in turn; yield a row for each variant, with eta = T(1) / (P T(P))."""
+def measure(case: RingCase, mode: str, transports: list[str], rounds: int, *, alone: bool) -> Iterator[dict[str, Any]]:
+    """Time everything in turn; yield a row for each variant, with eta = T(1) / (P T(P)).
+
+    T(1) is the fastest time of one process, whatever the kernel; there is none unless ``alone``.
+    """
     ranks, rank = dist.get_world_size(), dist.get_rank()
     layout = case.layout(ranks)
     calls: dict[str, Call] = {}
-    inputs = case.inputs(case.length, 0)
-    calls["one process"] = call_of(on_one(case), inputs, mode)
-    calls["one process (again)"] = calls["one process"]
+    if alone:
+        inputs = case.inputs(case.length, 0)
+        calls["one process"] = call_of(on_one(case), inputs, mode)
+        calls["one process (again)"] = calls["one process"]
+    if alone and case.is_plain():
+        calls["one process, torch"] = call_of(torch_on_one(case), inputs, mode)
     shards = case.inputs(layout.slots, 1 + rank)
     for transport in transports:
         calls[f"ring {transport}"] = call_of(on_ranks(case, transport), shards, mode)
     failed: dict[str, str] = {}
     seconds, memory = _samples(case, calls, rounds, failed)
-    if case.device == "cuda" and case.documents == "one" and case.pattern == "dense":
+    sent = {name: _sent(calls[f"ring {name}"]) for name in transports if f"ring {name}" in calls}
+    if case.device == "cuda" and case.is_plain():
         with ExitStack() as stack:  # by itself: it replaces torch's attention for everybody
             try:
                 attention, tensors = torch_context_parallel(stack, case)
@@ -168,12 +195,16 @@ def measure(case: RingCase, mode: str, transports: list[str], rounds: int) -> It
                 seconds, memory = seconds | more[0], memory | more[1]
             except Exception as error:  # not on every version of torch
                 failed["torch"] = str(error).splitlines()[0]
-    one = statistics.median(seconds["one process"])
+    one = min((statistics.median(x) for name, x in seconds.items() if name.startswith("one process")), default=None)
+    kernel = kernels.choose(kernels.Case.of(shards[0], shards[2], recurs=True)).name
     for name, samples in seconds.items():
-        median = statistics.median(samples)
-        eta = one / median / (1 if name.startswith("one") else ranks)
-        row = {"variant": name, "mode": mode, "median": median, "seconds": samples, "eta": eta, "ranks": ranks}
-        yield row | {"extra_memory": memory[name], "status": "measured", "case": asdict(case)}
+        median, shares = statistics.median(samples), 1 if name.startswith("one") else ranks
+        flops = (case.operations() or 0) * (3.5 if "backward" in mode else 1)
+        row = {"variant": name, "mode": mode, "median": median, "seconds": samples, "ranks": ranks}
+        row |= {"eta": one and one / median / shares, "kernel": "torch's own" if "torch" in name else kernel}
+        row |= {"flops_per_second": flops / median / shares if flops else None, "extra_memory": memory[name]}
+        row |= {"bytes_sent": sent.get(name.removeprefix("ring "))}
+        yield row | {"status": "measured", "case": asdict(case)}
     for name, reason in failed.items():
         yield {"variant": name, "mode": mode, "status": "unavailable", "reason": reason, "case": asdict(case)}
 
@@ -186,7 +217,7 @@ def _samples(
     for name, call in list(calls.items()):
         try:
             call()
-            memory[name] = _peak(call, case.device)
+            memory[name] = int(slowest(_peak(call, case.device), case.device))
             seconds_once = slowest(time_call(call, 1, case.device), case.device)
             repeats[name] = repeats_for(seconds_once, case.device)
         except torch.cuda.OutOfMemoryError as error:
@@ -200,6 +231,13 @@ def _samples(
             dist.barrier()
             seconds[name].append(slowest(time_call(calls[name], repeats[name], case.device), case.device))
     return seconds, memory
+
+
+def _sent(call: Call) -> int:
+    """Bytes that this process sends in one call."""
+    with bytes_sent() as record:
+        call()
+    return sum(record)
 
 
 def _peak(call: Call, device: str) -> int:
