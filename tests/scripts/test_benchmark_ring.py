@@ -45,5 +45,5 @@ def test_patterns_send_less_than_dense_attention(tmp_path: Path) -> None:
     cases = [RingCase(**shape, documents="one", pattern=pattern) for pattern in ("dense", "1024:1,2048:2,8192:8")]
     run_traffic(cases, 4, tmp_path / "rows.jsonl")
     dense, dilated = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
-    assert 0 < dilated["forward_mean"] < dense["forward_mean"] / 4
+    assert 0 < dilated["forward_mean"] < dense["forward_mean"] / 2
     assert dense["forward_most"] == 3 * 2048 * 2 * 16 * 2 * 2  # the first rank's whole shard goes to three others
