@@ -46,6 +46,7 @@ from transformers.utils import logging
 
 from hf_dilated.evaluation.retrieval import make_samples, recites
 from hf_dilated.evaluation.suite import Evaluation, attention, evaluate
+from hf_dilated.tasks import Haystack
 from hf_dilated.training.checkpoints import last_complete_checkpoint
 
 DEPTHS = tuple(depth / 9 for depth in range(10))
@@ -104,9 +105,10 @@ class Sources:
         tokens: list[list[int]] = self.tokenizer(list(self._joined(False).values()), verbose=False).input_ids
         return tokens
 
-    def haystack(self, *, held_out: bool) -> Any:
-        """Return the text between facts."""
-        return haystack(self.tokenizer, self._texts[held_out])
+    @cached_property
+    def haystacks(self) -> dict[bool, Haystack]:
+        """The text between facts, by whether it is held out."""
+        return {held_out: haystack(self.tokenizer, texts) for held_out, texts in self._texts.items()}
 
     def epoch(self, number: int) -> Iterator[list[int]]:
         """Return the training documents in the order of this epoch."""
@@ -200,7 +202,7 @@ class Trial:
             attentions=attentions,
             parts=("perplexity", "short"),
         )
-        between = self.sources.haystack(held_out=True)
+        between = self.sources.haystacks[True]
         model = model.to(torch.bfloat16 if setting.device.startswith("cuda") else torch.float32)
         report = evaluate(model, tokenizer, self.sources.documents, between, plan)
         samples = list(make_samples(between, ["passkey"], plan.lengths, DEPTHS, repeats=setting.repeats))
@@ -235,7 +237,7 @@ class Trial:
             arguments,
             length=setting.max_length,
             curriculum=setting.curriculum,
-            haystack=self.sources.haystack(held_out=False),
+            haystack=self.sources.haystacks[False],
             lesson_share=setting.lesson_share,
         )
         model = self.untuned()
