@@ -45,7 +45,7 @@ def variants(config: Any, length: int) -> dict[str, Variant]:
         block_size=small, local_blocks=trained // small + 1, global_blocks=1, topk_blocks=CHOSEN_BLOCKS
     )
     strided = BlockSparseConfig.from_model_config(config, max_length=length)
-    wide = DilatedConfig(segment_lengths=(trained, 4 * trained, length), dilation_rates=(1, 2, 4))
+    wide = DilatedConfig(segment_lengths=(trained, min(4 * trained, length), length), dilation_rates=(1, 2, 4))
     patterns: dict[str, DilatedConfig | BlockSparseConfig] = {
         DENSE: DilatedConfig(segment_lengths=(length,), dilation_rates=(1,)),
         "window, last layer dense": replace(window, **last),

@@ -91,6 +91,7 @@ def test_every_variant_is_a_pattern_of_its_own() -> None:
     assert len({classes[variant.backend].from_dict(variant.pattern) for variant in known.values()}) == len(known)
     assert known["window, first and last layer dense"].pattern["dense_layers"] == [0, 4]
     assert next(iter(known)) == ablation.DENSE
+    assert list(variants.variants(config, 2 * config.max_position_embeddings)) == list(known)
 
 
 def test_unknown_names_and_other_settings_are_refused(folder: Path) -> None:
