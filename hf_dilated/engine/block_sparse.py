@@ -17,18 +17,19 @@ from hf_dilated.patterns.documents import Documents, Integers
 from hf_dilated.patterns.partials import Spans
 
 if HAS_TRITON:
-    from hf_dilated.engine import fused_block_lists
+    from hf_dilated.engine import fused_block_lists, fused_chosen
     from hf_dilated.engine import fused_block_sparse as fused
     from hf_dilated.engine import fused_block_sparse_backward as fused_backward
     from hf_dilated.engine.fused_block_lists import Shown, to_device
     from hf_dilated.engine.fused_block_sparse import Split, Walk
+    from hf_dilated.engine.fused_chosen import Places
 
 KEPT = 16
 LONGEST_LIST = 32  # query blocks that one program adds up for a key block
 
 
 class BlockSparse(NamedTuple):
-    """A call of block-sparse attention on a GPU, without the blocks that tokens choose."""
+    """A call of block-sparse attention on a GPU."""
 
     pattern: BlockSparsePattern
     documents: Documents
@@ -37,12 +38,22 @@ class BlockSparse(NamedTuple):
     @classmethod
     def of(cls, pattern: Pattern, documents: Documents, is_causal: bool, query: Tensor) -> "BlockSparse | None":
         """Describe a call; None if it does not run on these kernels."""
+        pattern.check(query.shape[1], is_causal)
         if isinstance(pattern, BlockSparsePattern) and runs_fused(query) and documents.length:
             return cls(pattern, documents, is_causal)
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Attend; arguments and results as in :func:`hf_dilated.engine.execute.forward`."""
+        output, lse = self._forward(q, k, v, scale)
+        if turns := self.pattern.chosen_blocks:
+            size = self.pattern.config.block_size
+            places = _places(self.pattern, self.documents, q.shape[1], q.device)
+            choice = fused_chosen.choose(places, turns, size, q, k)
+            fused_chosen.add_forward(choice, places, size, q, k, v, output, lse, scale)
+        return output, lse
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         if flash_block_sparse.refuses(*self, q, v) is None:
             lists = flash_lists(*self, q.shape[1], q.device, by_key=False)
             return flash_block_sparse.forward(lists, self.is_causal, q, k, v, scale)
@@ -53,6 +64,18 @@ class BlockSparse(NamedTuple):
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients; ``output`` and ``lse`` may be those of more than this call."""
+        tensors = grad, q, k, v, output, lse, scale
+        grads = self._backward(*tensors)
+        if not (turns := self.pattern.chosen_blocks):
+            return grads
+        size = self.pattern.config.block_size
+        places = _places(self.pattern, self.documents, q.shape[1], q.device)
+        choice = fused_chosen.choose(places, turns, size, q, k)
+        return fused_chosen.add_backward(choice, places, size, *tensors, grads)
+
+    def _backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = grad, q, k, v, output, lse, scale
         if flash_block_sparse.refuses(*self, q, v) is None:
             lists = flash_lists(*self, q.shape[1], q.device, by_key=True)
@@ -139,6 +162,21 @@ def key_walk(
 
 
 @lru_cache(maxsize=KEPT)
+def _places(pattern: BlockSparsePattern, documents: Documents, heads: int, device: torch.device) -> "Places":
+    """Where the blocks lie among which tokens choose."""
+    size, spans = pattern.config.block_size, _spans(documents)
+    blocks = -(-spans[:, 1] // size)
+    own, block = _blocks(np.zeros_like(blocks), blocks)
+    first = (np.cumsum(blocks) - blocks)[own]
+    fields = documents.key_base, documents.query_base, documents.first_query, documents.length
+    entries = np.stack([*(np.array(field)[own] for field in fields), block, first], 1)
+    rows = np.flatnonzero(block >= spans[own, 0] // size)[::-1]  # those with most to choose from first
+    shown = _shown(pattern, -(-max(documents.length) // size), True, heads, 1, device)
+    entries_there, rows_there = to_device(device, entries, rows)
+    return Places(entries_there, rows_there, shown)
+
+
+@lru_cache(maxsize=KEPT)
 def _shown(
     pattern: BlockSparsePattern, blocks: int, is_causal: bool, heads: int, each: int, device: torch.device
 ) -> "Shown":
@@ -202,12 +240,3 @@ def _lengths(pattern: BlockSparsePattern, requests: Integers, is_causal: bool) -
         lengths.append(np.where(is_popular, high - low, np.minimum(high - low, near + parts.global_blocks)))
     longest: Integers = np.max(lengths, axis=0)
     return longest
-
-
-def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Merge two outputs (B, H, N, Dv) with their LSE (B, H, N)."""
-    lse = torch.logaddexp(first[1], second[1])
-    safe = lse.masked_fill(lse == -torch.inf, 0)
-    output = sum(part * (part_lse - safe).exp().unsqueeze(-1) for part, part_lse in (first, second))
-    assert isinstance(output, Tensor)
-    return output.to(first[0].dtype), lse

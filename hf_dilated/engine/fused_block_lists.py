@@ -19,7 +19,7 @@ from hf_dilated.patterns.block_sparse import Group
 from hf_dilated.patterns.blocks import random_number, turn_of
 from hf_dilated.patterns.documents import Integers
 
-FIELDS = 7
+FIELDS = 8
 CANDIDATES = 256  # that a program looks at in one step
 LARGEST_POWER = 30  # of a distance in blocks
 ALIGNED = 4  # 32-bit integers: Triton compiles one program for all tables that begin there
@@ -34,7 +34,7 @@ class Shown(NamedTuple):
         blocks: Of the longest document.
         is_causal: Whether rows see only earlier blocks.
         parts: (h, FIELDS) int32: local, global, strided and dilated blocks, rows of the mask and where they begin,
-            random blocks.
+            random blocks, and those that a token chooses.
         masks: int32, the bits of all masks row by row.
         drawn: (h, blocks, most) int32 random blocks before each row, -1 for none.
     """
@@ -210,7 +210,8 @@ def to_device(device: torch.device, *tables: Integers) -> list[Tensor]:
 def _fields(parts: BlockParts, offset: int) -> list[int]:
     dilated = min(parts.dilated_blocks, LARGEST_POWER)
     rows = len(parts.block_mask or ())
-    return [parts.local_blocks, parts.global_blocks, parts.stride_blocks, dilated, rows, offset, parts.random_blocks]
+    near = [parts.local_blocks, parts.global_blocks, parts.stride_blocks, dilated]
+    return [*near, rows, offset, parts.random_blocks, parts.topk_blocks]
 
 
 def _words(parts: BlockParts) -> Integers:

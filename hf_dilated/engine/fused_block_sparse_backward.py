@@ -260,11 +260,7 @@ def backward(
     """Gradients of :func:`forward` by query, key and value; ``output`` and ``lse`` are what it returned."""
     B, H, N, D = q.shape
     G, M, DV = v.shape[1:]
-    lse = lse.contiguous()
-    delta = torch.empty_like(lse)
-    _delta_kernel[(triton.cdiv(B * N, 32) * H,)](
-        grad, output, delta, B * N, N, H, *_strides(grad, output), DV, triton.next_power_of_2(DV), 32
-    )
+    delta, lse = row_sums(grad, output, lse), lse.contiguous()
     grad_q = (q.new_empty if queries.is_full else q.new_zeros)((B, N, H, D))
     grad_k, grad_v = ((x.new_empty if keys.is_full else x.new_zeros)((B, M, G, x.shape[3])) for x in (k, v))
     strides = _strides(q, k, v, grad)
@@ -292,3 +288,13 @@ def backward(
                 part, out, split.blocks, G, size, d, triton.next_power_of_2(d), 32
             )
     return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+
+
+def row_sums(grad: Tensor, output: Tensor, lse: Tensor) -> Tensor:
+    """Sums of gradient times output (B, H, N), like the LSE."""
+    B, H, N, DV = output.shape
+    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    _delta_kernel[(triton.cdiv(B * N, 32) * H,)](
+        grad, output, delta, B * N, N, H, *_strides(grad, output), DV, triton.next_power_of_2(DV), 32
+    )
+    return delta

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_dilated import patterns
 from hf_dilated.engine import decode as decoding
 from hf_dilated.engine import execute, kernels
-from hf_dilated.engine.block_sparse import BlockSparse, merge
+from hf_dilated.engine.block_sparse import BlockSparse
 from hf_dilated.engine.chosen import chosen_blocks, chosen_levels
 from hf_dilated.engine.plan import Frame, Plan, make_plan, plan_levels
 from hf_dilated.engine.streamed import wide
@@ -170,9 +170,7 @@ class _Batch:
         call = BlockSparse.of(self.pattern, self.documents, self.is_causal, q)
         if call is None:
             return execute.forward(self.plan(q, k, v), q, k, v, scale)
-        result = call.forward(q, k, v, scale)
-        chosen = self.with_chosen(Plan(()), q, k, v)
-        return merge(result, execute.forward(chosen, q, k, v, scale)) if chosen.calls else result
+        return call.forward(q, k, v, scale)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scale: float
@@ -181,12 +179,7 @@ class _Batch:
         call = BlockSparse.of(self.pattern, self.documents, self.is_causal, q)
         if call is None:
             return execute.backward(self.plan(q, k, v), *tensors)
-        grads = call.backward(*tensors)
-        chosen = self.with_chosen(Plan(()), q, k, v)
-        if not chosen.calls:
-            return grads
-        grad_q, grad_k, grad_v = (a + b for a, b in zip(grads, execute.backward(chosen, *tensors), strict=True))
-        return grad_q, grad_k, grad_v
+        return call.backward(*tensors)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor) -> Plan:
         packs = kernels.choose_packed(kernels.Case.of(query, value)) is not None

@@ -12,7 +12,7 @@ from tests.cases import Case
 from tests.engine.checks import assert_equals_oracle
 
 pytest.importorskip("triton")
-from hf_dilated.engine import block_sparse, execute, flash_block_sparse
+from hf_dilated.engine import block_sparse, flash_block_sparse
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +41,12 @@ LARGE = BlockSparseConfig(block_size=64, layers=(GROUPS,))  # larger
 @pytest.mark.parametrize("longest_list", [1, 32])
 def test_output_and_gradients(monkeypatch, config, tokens, options, longest_list):
     monkeypatch.setattr(block_sparse, "LONGEST_LIST", longest_list)
+    _assert_right(config, tokens, tokens, options)
+
+
+def _assert_right(config, queries, keys, options):
     torch.manual_seed(0)
-    tensors = (torch.randn(1, heads, tokens, 8) for heads in (2, 1, 1))
+    tensors = (torch.randn(1, heads, tokens, 8) for heads, tokens in ((2, queries), (1, keys), (1, keys)))
     case = Case(config, *tensors, options).to(torch.float32)
     exact = case.to(torch.float64)
     grad = torch.randn_like(case.query)
@@ -61,13 +65,19 @@ def test_queries_that_are_the_last_of_the_keys():
     torch.testing.assert_close(case.run().double(), case.right(), atol=2e-5, rtol=0)
 
 
-def test_blocks_chosen_by_content_are_merged():
-    torch.manual_seed(0)
-    config = BlockSparseConfig(block_size=4, topk_blocks=1)
-    tensors = (torch.randn(1, heads, 21, 8) for heads in (2, 1, 1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execute, "runs_fused", lambda x: x.element_size() <= 4)
-        assert_equals_oracle(Case(config, *tensors), torch.float32, 2e-5)
+CHOSEN = (BlockParts(topk_blocks=2, random_blocks=1), BlockParts(global_blocks=1, topk_blocks=1))
+
+
+@pytest.mark.parametrize(
+    ("groups", "queries", "options"),
+    [
+        (2, 18, {"position_ids": torch.tensor([[*range(5), *range(13)]])}),
+        (1, 6, {"attention_mask": torch.arange(18)[None] >= 2}),
+    ],
+    ids=["packed", "padded, the last of the keys"],
+)
+def test_blocks_chosen_by_content(groups, queries, options):
+    _assert_right(BlockSparseConfig(block_size=4, layers=(CHOSEN[:groups],)), queries, 18, options)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
