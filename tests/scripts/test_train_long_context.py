@@ -145,6 +145,7 @@ def test_accelerate_launches_what_is_shipped(base: Path, tmp_path: Path) -> None
     assert all(loss != torch.tensor(loss).bfloat16().item() for loss in losses)
     assert (tmp_path / "two" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()
     assert weights(tmp_path / "two").keys() == weights(tmp_path / "one").keys()
+    assert weights(tmp_path / "two")["model.norm.weight"].dtype == torch.float32
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert model.config._attn_implementation == "dilated"
 

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIGURATION = ROOT / "scripts" / "accelerate" / "gpu2.yaml"
 
 
 def call_cpus_accelerators() -> None:

@@ -12,6 +12,7 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from trl import SFTConfig, SFTTrainer
 
 from hf_dilated import RingConfig, sequence_parallel
@@ -20,6 +21,7 @@ from tests.distributed.processes import run_on_ranks
 from tests.integration.test_ring import batches, model_of, whole_loss
 from tests.integration.test_trainer import Documents, collate, losses
 from tests.integration.test_trl import documents, words_tokenizer
+from tests.training.cpu_fsdp import CONFIGURATION, configure
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
 
@@ -52,6 +54,9 @@ SETTINGS: dict[str, Any] = {
 def train(path: str, *, processes: int, family: str = "plain", sequence: int | None = None, **options: Any) -> Any:
     """Train four documents a step; return losses, evaluation and weights."""
     resume, killed = options.pop("resume", None), options.pop("killed", None)
+    if options.pop("is_sharded", False) and dist.is_initialized():
+        configure(CONFIGURATION, ACCELERATE_MIXED_PRECISION="no")
+        options |= {"use_cpu": False}
     torch.manual_seed(0)
     model = model_of("llama", options.pop("backend", "ring"))
     data = processes // (sequence or processes)
@@ -76,8 +81,10 @@ def train(path: str, *, processes: int, family: str = "plain", sequence: int | N
     if killed is not None:
         run.add_callback(Killed(killed))
     run.train(resume_from_checkpoint=resume)
-    weights = torch.cat([p.detach().flatten() for p in run.accelerator.unwrap_model(run.model).parameters()])
-    return losses(run), run.evaluate()["eval_loss"], weights
+    evaluation = run.evaluate()["eval_loss"]
+    parameters = [p.detach() for p in run.accelerator.unwrap_model(run.model).parameters()]
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
+    return losses(run), evaluation, torch.cat([p.flatten() for p in whole])
 
 
 def check_training(rank: int, path: str, runs: list[dict[str, Any]]) -> list[Any]:
@@ -96,6 +103,7 @@ RUNS: list[dict[str, Any]] = [
     {},
     {"family": "packed", "backend": "ring_dilated"},
     {"family": "lora", "max_grad_norm": 0.1, "gradient_checkpointing": True},
+    {"is_sharded": True, "max_grad_norm": 0.1},
 ]
 
 

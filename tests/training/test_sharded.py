@@ -18,10 +18,9 @@ from hf_dilated.training.lora import long_lora
 from hf_dilated.training.sharded import ShardedTrainerMixin
 from tests.distributed.processes import run_on_ranks
 from tests.tiny_checkpoint import save_tiny_checkpoint
-from tests.training.cpu_fsdp import ROOT, configure
+from tests.training.cpu_fsdp import CONFIGURATION, configure
 
 script = importlib.import_module("train_long_context")
-CONFIGURATION = ROOT / "scripts" / "accelerate" / "gpu2.yaml"
 PATTERN = '{"segment_lengths": [64, 128], "dilation_rates": [1, 2], "sink_tokens": 2}'
 LIMIT = 240  # seconds for processes that do nothing unusual, on a busy machine
 
