@@ -165,13 +165,17 @@ def _attention(config: Any, layers: ModelReport) -> list[str]:
     kinds = [layer.kind for layer in layers.layers]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     lines = [f"backend: `{layers.backend}`", f"attention layers: {counts}"]
-    lines.append(f"exactly dense attention up to {layers.dense_length:,} tokens")
+    lines.append(f"exactly dense attention {_dense_length(layers)}")
     if rope := getattr(text, "rope_parameters", None):
         lines.append(f"rotary positions: `{json.dumps(rope)}`")
     original = stored_config(config).original or {}
     if "max_position_embeddings" in original:
         lines.append(f"the original reads {original['max_position_embeddings']:,} tokens")
     return lines
+
+
+def _dense_length(layers: ModelReport) -> str:
+    return "at any length" if layers.is_dense else f"up to {layers.dense_length:,} tokens"
 
 
 def _pattern(values: dict[str, Any]) -> str:
@@ -225,8 +229,11 @@ def _result(metric: str, value: float, name: str, dataset: str) -> EvalResult:
 
 
 def _limits(layers: ModelReport, evaluation: Report | None) -> list[str]:
-    beyond = f"Beyond {layers.dense_length:,} tokens a token sees only a part of those before it"
-    if evaluation is None:
-        return [f"{beyond}; what that costs was not measured."]
-    longest = max(evaluation.documents.values(), default=0)
-    return [f"{beyond}; the tables say what that costs.", f"Measured up to {longest:,} tokens, on these texts only."]
+    lines = []
+    if not layers.is_dense:
+        cost = "what that costs was not measured" if evaluation is None else "the tables say what that costs"
+        lines.append(f"Beyond {layers.dense_length:,} tokens a token sees only a part of those before it; {cost}.")
+    if evaluation is not None:
+        longest = max(evaluation.documents.values(), default=0)
+        lines.append(f"Measured up to {longest:,} tokens, on these texts only.")
+    return lines

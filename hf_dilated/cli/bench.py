@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_dilated.cli.console import TrustRemoteCode, console, errors, refusals
+from hf_dilated.cli.console import DEVICE, Device, TrustRemoteCode, console, errors, refusals
 from hf_dilated.config import DilatedConfig
 from hf_dilated.evaluation.bench import CONTROL, MODES, Bench, Timing, steps
 from hf_dilated.evaluation.bench import bench as measure
@@ -36,7 +35,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(help="Samples of each attention.", min=3)] = 7,
     seconds: Annotated[float, typer.Option(help="Budget; what does not fit into it is left out.", min=1)] = 600,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cuda" if torch.cuda.is_available() else "cpu",
+    device: Device = DEVICE,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, …")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file for the rows.", dir_okay=False)] = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, NoReturn
 
+import torch
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
@@ -20,6 +21,19 @@ errors = Console(stderr=True)
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint brings.")
 ]
+
+
+def _usable(name: str) -> str:
+    """Take the name of a device that is there."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(str(error).splitlines()[0]) from error
+    return name
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, …", callback=_usable)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_dilated.cli.console import TrustRemoteCode, console, errors, pictures, refusals
+from hf_dilated.cli.console import DEVICE, Device, TrustRemoteCode, console, errors, pictures, refusals
 from hf_dilated.config import DilatedConfig
 from hf_dilated.evaluation.report import Report
 from hf_dilated.evaluation.suite import DENSE, PARTS, Evaluation, steps
@@ -35,7 +34,7 @@ def evaluate(
     part: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(PARTS)}; repeat it.")] = None,
     task: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(TASKS)}; repeat it.")] = None,
     repeats: Annotated[int, typer.Option(help="Samples of every task, length and depth.", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cuda" if torch.cuda.is_available() else "cpu",
+    device: Device = DEVICE,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, …")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,

@@ -65,7 +65,8 @@ def _show(result: ModelReport) -> None:
             console.print(_branch_table(result))
         elif isinstance(result.pattern, BlockSparseConfig):
             console.print(_part_table(result.pattern))
-        console.print(f"up to {result.dense_length:,} tokens every layer is exactly the dense model's")
+        length = "at any length" if result.is_dense else f"up to {result.dense_length:,} tokens"
+        console.print(f"{length} every layer is exactly the dense model's")
 
 
 def _layer_table(result: ModelReport) -> Table:

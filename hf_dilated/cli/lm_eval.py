@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from hf_dilated.cli.console import TrustRemoteCode, console, errors, refusals
+from hf_dilated.cli.console import DEVICE, Device, TrustRemoteCode, console, errors, refusals
 
 
 def lm_eval(
@@ -24,13 +23,13 @@ def lm_eval(
     limit: Annotated[int | None, typer.Option(help="Questions of each task, for a trial.", min=1)] = None,
     batch_size: Annotated[str, typer.Option(help="A number, or auto.")] = "1",
     max_length: Annotated[int | None, typer.Option(help="Longest input in tokens; by default the model's.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cuda" if torch.cuda.is_available() else "cpu",
+    device: Device = DEVICE,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, …")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
 ) -> None:
-    """Run tasks of the lm-evaluation-harness (needs `pip install "hf_dilated[lm-eval]"`).
+    r"""Run tasks of the lm-evaluation-harness (needs `pip install "hf_dilated\[lm-eval]"`).
 
     Exits with 1 if the model or an option is refused, with 2 if the harness is not installed.
     """

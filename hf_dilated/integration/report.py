@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from hf_dilated.config import ConfigError
 from hf_dilated.integration.attention import attention_function, causality
-from hf_dilated.integration.backends import BACKENDS
+from hf_dilated.integration.backends import BACKENDS, DENSE
 from hf_dilated.integration.layers import backend_config, layer_pattern
 from hf_dilated.integration.loading import brings_model
 from hf_dilated.integration.memory import module_policy
@@ -103,6 +104,11 @@ class ModelReport:
         """Longest document, in tokens, for which every layer is exactly the dense model's."""
         ordinals = [layer.ordinal for layer in self.layers if layer.kind == "pattern"]
         return min((self.pattern.dense_length(ordinal) for ordinal in ordinals), default=0)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether that is any length: the pattern is dense attention, shared among ranks."""
+        return self.dense_length == sys.maxsize
 
 
 def report(config: PreTrainedConfig, backend: str | None = None) -> ModelReport:
@@ -323,7 +329,7 @@ def _classify(call: _Call, backend: str) -> LayerReport:
         return LayerReport(name=call.name, kind="refused", why=str(call.error))
     pattern = layer_pattern(call.module.config, getattr(call.module, "layer_idx", None), call.sliding_window, backend)
     kind: Kind
-    if not isinstance(pattern, DensePattern):
+    if not isinstance(pattern, DensePattern) or (backend == DENSE.name and pattern.window is None):
         kind, why = "pattern", _why(pattern)
     elif pattern.window is not None:
         kind, why = "windowed", f"the model's own window of {pattern.window} tokens"

@@ -87,7 +87,7 @@ class CheckpointPlan:
             layers = Counter(layer.kind for layer in self.report.layers)
             values["hf_dilated"] = text.get("hf_dilated")
             values["layers"] = dict(layers)
-            values["exactly_dense_up_to"] = self.report.dense_length
+            values["exactly_dense_up_to"] = None if self.report.is_dense else self.report.dense_length
         return values
 
     def execute(self, progress: Progress | None = None) -> None:

@@ -53,5 +53,11 @@ def test_refusals(model: Path, arguments: tuple[str, ...], message: str) -> None
     assert not result.stdout
 
 
+def test_a_device_that_is_not_there(model: Path) -> None:
+    result = run(model, "--device", "abacus")
+    assert result.exit_code == 2
+    assert "Invalid value for '--device'" in result.stderr
+
+
 def test_nothing_measured_exits_with_1(model: Path) -> None:
     assert run(model.parent / "nowhere", *FEW).exit_code == 1

@@ -72,6 +72,14 @@ def test_info_chooses_a_pattern(tmp_path: Path) -> None:
     assert "note 4 attention heads allow dilation rates up to 4" in longer.output
 
 
+def test_info_on_dense_attention_over_ranks(tmp_path: Path) -> None:
+    tf.LlamaConfig(**GROUPED).save_pretrained(tmp_path)
+    result = run("info", tmp_path, "--backend", "ring")
+    assert result.exit_code == 0, result.output
+    assert "0-1 layers.*.self_attn pattern attends to whole documents" in words(result)
+    assert "at any length every layer is exactly the dense model's" in words(result)
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

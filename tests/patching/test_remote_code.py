@@ -87,10 +87,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_where_the_package_is_not_installed(folder: Path, tmp_path: Path) -> None:
     modules = tmp_path / "modules"
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = os.pathsep.join(path for path in paths if not (Path(path) / "hf_dilated").is_dir())
     done = subprocess.run(
         [sys.executable, "-P", "-c", textwrap.dedent(ELSEWHERE), str(folder), str(modules)],
-        env=kept | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"PYTHONPATH": others, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
