@@ -9,7 +9,7 @@ from hf_dilated.config.presets import Preset
 
 DENSE = "dense"
 BLOCKS_IN_A_WINDOW = 16  # 16 × 128 tokens reach as far as the shortest segment
-CHOSEN_BLOCKS = 16  # of 64 tokens
+CHOSEN_BLOCKS = 16  # of 64 or 128 tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ def variants(config: Any, length: int) -> dict[str, Variant]:
     last, ends = (Preset(dense_every=layers, dense_first=first).for_layers(layers) for first in (False, True))
     size = min(128, max(1, trained // BLOCKS_IN_A_WINDOW))
     near = BlockParts(local_blocks=trained // size + 1, global_blocks=1)
-    by_head = (near, near, near, BlockParts(stride_blocks=1))  # the last quarter sees every block
+    everything, by_content = BlockParts(stride_blocks=1), replace(near, topk_blocks=CHOSEN_BLOCKS)
+    by_head = (everything, near, near, near)  # the first quarter sees every block
     window = BlockSparseConfig(block_size=size, local_blocks=near.local_blocks, global_blocks=1)
     small = max(1, size // 2)
     chosen = BlockSparseConfig(
@@ -53,6 +54,12 @@ def variants(config: Any, length: int) -> dict[str, Variant]:
         "dilated, last layer dense": replace(once, sink_tokens=4, **last),
         "dilated, first and last layer dense": replace(once, sink_tokens=4, **ends),
         "window, a quarter of the heads dense": BlockSparseConfig(block_size=size, layers=(by_head,)),
+        "window, last layer's first quarter dense": BlockSparseConfig(
+            block_size=size, layers=(*[(near,)] * (layers - 1), by_head)
+        ),
+        "window, last layer top-k": BlockSparseConfig(
+            block_size=size, layers=(*[(near,)] * (layers - 1), (by_content,))
+        ),
         "window, middle layer dense": replace(window, dense_layers=(layers // 2,)),
         "top-k": chosen,
         "top-k, last layer dense": replace(chosen, **last),
