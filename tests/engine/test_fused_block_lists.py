@@ -13,12 +13,18 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from hf_dilated.engine import block_sparse, fused_block_lists, fused_block_sparse, fused_block_sparse_backward
+from hf_dilated.engine import (
+    block_sparse,
+    fused_block_lists,
+    fused_block_sparse,
+    fused_block_sparse_backward,
+    fused_chosen,
+)
 
 
 @pytest.fixture(autouse=True)
 def _without_what_others_kept():
-    caches = [getattr(block_sparse, name) for name in ("flash_lists", "query_walk", "key_walk", "_shown")]
+    caches = [getattr(block_sparse, name) for name in ("flash_lists", "query_walk", "key_walk", "_shown", "_places")]
     for cache in caches:
         cache.cache_clear()
     yield
@@ -99,6 +105,7 @@ KERNELS = {
     fused_block_lists: ("_draw_kernel", "_list_kernel"),
     fused_block_sparse: ("_forward_kernel",),
     fused_block_sparse_backward: ("_delta_kernel", "_query_kernel", "_key_kernel", "_sum_kernel"),
+    fused_chosen: ("_mean_kernel", "_choose_kernel", "_forward_kernel", "_merge_kernel", "_backward_kernel"),
 }
 
 
@@ -122,7 +129,7 @@ def test_lengths_do_not_recompile(monkeypatch, by_token):
     for (module, name), kept in calls.items():
         monkeypatch.setattr(module, name, Kernel(kept))
     monkeypatch.setattr(block_sparse, "runs_fused", lambda x: True)
-    config = BlockSparseConfig(layers=((MIXED, BlockParts(local_blocks=40)),))
+    config = BlockSparseConfig(layers=((MIXED, BlockParts(local_blocks=40, topk_blocks=2)),))
     for length in (129, 500, 512, 1000, 1024, 1111, 2000, 2048, 4097, 6000):
         query, key, value = (
             torch.zeros((1, length, heads, 16) if by_token else (1, heads, length, 16), dtype=torch.bfloat16)
