@@ -97,10 +97,16 @@ def _seen(problem: Problem, rank: int, other: int) -> list[tuple[int, int, int]]
     low, high = before[shard.local], before[shard.local + shard.count]
     some = np.flatnonzero(high > low)
     first, end = where[low[some]], where[high[some] - 1] + 1
-    if len(some) > MOST_PIECES:
-        some, first, end = some[:1], first.min(keepdims=True), end.max(keepdims=True)
-    tokens = shard.begin[some] + first - shard.local[some]
-    return list(zip(tokens.tolist(), first.tolist(), (end - first).tolist(), strict=True))
+    token = shard.begin[some] + first - shard.local[some]
+    goes_on = (first[1:] == end[:-1]) & (token[1:] - token[:-1] == first[1:] - first[:-1])
+    token, first, end = (
+        token[np.append(True, ~goes_on)],
+        first[np.append(True, ~goes_on)],
+        end[np.append(~goes_on, True)],
+    )
+    if len(token) > MOST_PIECES:
+        token, first, end = token[:1], first[:1], end[-1:]
+    return list(zip(token.tolist(), first.tolist(), (end - first).tolist(), strict=True))
 
 
 def _plan(problem: Problem, rank: int, receives: tuple[Piece, ...]) -> Plan:
