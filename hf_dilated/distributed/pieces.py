@@ -99,11 +99,8 @@ def _seen(problem: Problem, rank: int, other: int) -> list[tuple[int, int, int]]
     first, end = where[low[some]], where[high[some] - 1] + 1
     token = shard.begin[some] + first - shard.local[some]
     goes_on = (first[1:] == end[:-1]) & (token[1:] - token[:-1] == first[1:] - first[:-1])
-    token, first, end = (
-        token[np.append(True, ~goes_on)],
-        first[np.append(True, ~goes_on)],
-        end[np.append(~goes_on, True)],
-    )
+    starts, ends = np.append(True, ~goes_on), np.append(~goes_on, True)
+    token, first, end = token[starts], first[starts], end[ends]
     if len(token) > MOST_PIECES:
         token, first, end = token[:1], first[:1], end[-1:]
     return list(zip(token.tolist(), first.tolist(), (end - first).tolist(), strict=True))
