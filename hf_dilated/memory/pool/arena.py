@@ -34,7 +34,7 @@ class Range:
 
     def view(self, size: int) -> memoryview:
         """Return a new object over its first bytes."""
-        return self.segment.mapping.view(self.start, size)
+        return self.segment.mapping.pages[self.start : self.start + size]
 
 
 class Segment:

@@ -31,7 +31,7 @@ class Block:
 
     def view(self, size: int) -> memoryview:
         """Return a new object over its first bytes."""
-        return self.mapping.view(0, size)
+        return self.mapping.pages[:size]
 
     def shorten(self, wanted: int) -> int:
         """Give pages at the end that are not in use back to the system; return their bytes."""

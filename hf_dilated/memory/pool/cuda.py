@@ -37,7 +37,7 @@ class CudaPool:
         with torch.cuda.use_mem_pool(self._pool, self.device):
             tensor = torch.empty(shape, dtype=dtype, device=self.device)
         with self._lock:
-            self._kinds.setdefault(kind, Counters()).hits += 1
+            self._kinds.setdefault(kind, Counters(kind)).hits += 1
         return tensor
 
     def stats(self) -> dict[str, Any]:

@@ -14,8 +14,8 @@ NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" el
 class Mapping:
     """Private anonymous pages, aligned to huge pages where they are large enough; they cost nothing until touched.
 
-    A view keeps the pages alive, whatever becomes of the mapping. They are private: after a fork nobody sees what the
-    other writes.
+    A slice of ``pages`` keeps all of them alive, whatever becomes of the mapping. They are private: after a fork nobody
+    sees what the other writes.
     """
 
     def __init__(self, size: int, *, huge_pages: bool, placement: numa.Placement | None) -> None:
@@ -29,12 +29,7 @@ class Mapping:
             self._map.madvise(mmap.MADV_HUGEPAGE, self._first, size // PAGE * PAGE)
         if placement is not None:
             numa.place(self.address, size, placement)
-        self._view = memoryview(self._map)
-
-    def view(self, start: int, size: int) -> memoryview:
-        """Return a new object over some of the bytes."""
-        start += self._first
-        return self._view[start : start + size]
+        self.pages = memoryview(self._map)[self._first : self._first + size]
 
     def drop(self, start: int, size: int) -> None:
         """Give whole pages back; they read as zeros when touched again."""

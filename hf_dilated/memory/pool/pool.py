@@ -65,9 +65,9 @@ class Store(Protocol):
 class _Lease(weakref.ref):
     """Dies with the buffer behind a storage."""
 
-    __slots__ = ("block", "kind", "size")
+    __slots__ = ("block", "counters", "size")
     block: Block
-    kind: str
+    counters: Counters
     size: int
 
     __hash__ = object.__hash__  # a reference is a lease of its own, whatever it refers to
@@ -131,7 +131,6 @@ class MemoryPool:
         self.evictions = 0
         self._live = self._peak = 0
         self._need = Need()
-        self._total = Counters()
         self._kinds: dict[str, Counters] = {}
         kind = Arena if self.mode == "full" else Buckets
         self._store: Store = kind(Usage(), **self._options)
@@ -154,7 +153,7 @@ class MemoryPool:
         """
         count = math.prod(shape)
         size = count * dtype.itemsize
-        if self.mode == "disabled" or size < self.smallest or not size or self._is_interrupted():
+        if size < self.smallest or self.mode == "disabled" or not size or self._owner == threading.get_ident():
             return torch.empty(shape, dtype=dtype)
         tensor = torch.frombuffer(self._lease(size, kind, lasting), dtype=dtype, count=count)
         if len(shape) != 1:
@@ -165,13 +164,14 @@ class MemoryPool:
 
     def _lease(self, size: int, kind: str, lasting: bool) -> memoryview:
         recording = self.recording
-        view = self._alone(lambda: self._take(size, kind, lasting, recording))
+        view = self._alone(self._take, size, kind, lasting, recording)
         if recording is not None:
             recording.add(kind, size)
         return view
 
     def _take(self, size: int, kind: str, lasting: bool, recording: Recording | None) -> memoryview:
-        self._drain()
+        if self._returned:
+            self._drain()
         block, fresh = self._store.take(size, lasting=lasting)
         try:
             view = block.view(size)
@@ -179,18 +179,23 @@ class MemoryPool:
         except BaseException:
             self._store.give(block)
             raise
-        lease.block, lease.kind, lease.size = block, kind, size
+        counters = self._kinds.get(kind)
+        if counters is None:
+            counters = self._kinds[kind] = Counters(kind)
+        lease.block, lease.counters, lease.size = block, counters, size
         self._leases.add(lease)
-        if self._took(lease, hit=fresh == 0) or fresh:
+        self._live += block.size
+        counters.took(size, hit=fresh == 0)
+        if self._need.add(size) or fresh:
             self._shrink(fresh)
         return view
 
-    def _alone(self, action: Callable[[], T]) -> T:
+    def _alone(self, action: Callable[..., T], *arguments: Any) -> T:
         """Run while no other thread is inside, and :meth:`_is_interrupted` says so to this one."""
         with self._lock:
             self._owner = threading.get_ident()
             try:
-                return action()
+                return action(*arguments)
             finally:
                 self._owner = None
 
@@ -200,20 +205,8 @@ class MemoryPool:
 
     def _record_return(self, lease: _Lease) -> None:
         if (recording := self.recording) is not None:
-            recording.add(lease.kind, -lease.size)
+            recording.add(lease.counters.kind, -lease.size)
         self._returned.append(lease)
-
-    def _took(self, lease: _Lease, *, hit: bool) -> bool:
-        """Count it; return whether a window of requests is over."""
-        self._live += lease.block.size
-        self._total.took(lease.size, hit=hit)
-        counters = self._kinds.get(lease.kind)
-        if counters is None:
-            counters = self._kinds[lease.kind] = Counters()
-        counters.took(lease.size, hit=hit)
-        if self._store.held > self._peak:
-            self._peak = self._store.held
-        return self._need.add(lease.size)
 
     def _drain(self) -> None:
         """Put away what has come back; finalizers only note it, since they may run anywhere."""
@@ -222,14 +215,14 @@ class MemoryPool:
             self._leases.remove(lease)
             self._live -= lease.block.size
             self._need.now -= lease.size
-            self._total.returned(lease.size)
-            self._kinds[lease.kind].returned(lease.size)
+            lease.counters.live -= lease.size
             self._store.give(lease.block)
         if (excess := self._store.held - self._live - self.budget) > 0:
             self._evict(excess)
 
     def _shrink(self, fresh: int) -> None:
         """Before the caller touches fresh memory, give back what is no longer needed, or what others need."""
+        self._peak = max(self._peak, self._store.held)
         allowed = max(self._live, self._need.recent + self._need.recent // HEADROOM)
         excess = self._store.held - allowed
         now = time.monotonic()
@@ -281,7 +274,7 @@ class MemoryPool:
     def _clear_counts(self) -> None:
         self.evictions = 0
         self._peak = self._store.held
-        for counters in (self._total, *self._kinds.values()):
+        for counters in self._kinds.values():
             counters.hits = counters.misses = 0
             counters.peak = counters.live
 
@@ -303,7 +296,8 @@ class MemoryPool:
 
     def _figures(self) -> dict[str, Any]:
         held, need = self._store.held, self._need.recent
-        return self._total.to_dict() | {
+        total = Counters.total(self._kinds.values())
+        return total.to_dict() | {
             "bytes_cached": held - self._live,
             "peak_bytes": self._peak,
             "fragmentation": max(0.0, 1 - need / held) if held else 0.0,

@@ -1,5 +1,6 @@
 """What a pool counts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ class Counters:
     A hit is served without new memory from the system.
     """
 
+    kind: str
     hits: int = 0
     misses: int = 0
     live: int = 0
@@ -28,9 +30,15 @@ class Counters:
         if self.live > self.peak:
             self.peak = self.live
 
-    def returned(self, size: int) -> None:
-        """Count a buffer that came back."""
-        self.live -= size
+    @classmethod
+    def total(cls, kinds: Iterable["Counters"]) -> "Counters":
+        """Add up kinds; the largest sum that was in use at once does not follow from theirs."""
+        found = cls("")
+        for counters in kinds:
+            found.hits += counters.hits
+            found.misses += counters.misses
+            found.live += counters.live
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures by name."""
