@@ -34,6 +34,7 @@ from benchmarking.soak import soak as run_soak
 from benchmarking.variants import CONTROL, Choice, variants
 
 from hf_dilated.config import Offset, Overlap
+from hf_dilated.config.memory import MemoryMode
 from hf_dilated.timing import little_garbage, parse_lengths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
@@ -204,7 +205,7 @@ def memory(
     device: DeviceOption = "cpu",
     lengths: LengthsOption = "2k,4k,8k,16k",
     sizes: Annotated[str, typer.Option(help="MiB that are taken and written once.")] = "1,4,16,64,256",
-    heads: HeadsOption = 0,
+    heads: Annotated[str, typer.Option(help="Query heads; more than the fewest in training steps alone.")] = "",
     head_dim: HeadDimOption = 0,
     dtype: DtypeOption = None,
     rounds: RoundsOption = 11,
@@ -212,19 +213,25 @@ def memory(
     output: OutputOption = Path("outputs/benchmarks"),
     name: NameOption = "",
 ) -> None:
-    """Memory pools and the levers of the process against torch's own allocations, each in a fresh process."""
+    """Memory pools and the levers of the process against torch's own allocations, each in a fresh process.
+
+    Rows carry page faults and the kernel's time of a call: they bound what any pool can bring.
+    """
     _check_device(device)
     on_gpu = device == "cuda"
     chosen = pooling.jobs(
         device,
         parse_lengths(lengths),
         parse_lengths(sizes),
-        heads or (32 if on_gpu else 8),
+        parse_lengths(heads or ("32" if on_gpu else "8,32")),
         head_dim or (128 if on_gpu else 64),
         dtype or ("bfloat16" if on_gpu else "float32"),
     )
     path = pooling.run(chosen, rounds, output, name, budget_seconds)
-    typer.echo(f"extra: peak memory beyond the inputs; {CONTROL}: torch measured twice\nRows: {path}")
+    typer.echo(
+        f"extra: peak memory beyond the inputs; {CONTROL}: torch measured twice; faults, kernel: page faults of a call "
+        f"and the kernel's share of its time\nbound: how many times faster without that share\nRows: {path}"
+    )
 
 
 @app.command()
@@ -232,9 +239,12 @@ def soak(
     seconds: Annotated[float, typer.Option(help="How long.")] = 600,
     threads: Annotated[int, typer.Option(min=1, help="Threads that train at the same time.")] = 4,
     longest: Annotated[int, typer.Option(min=1024, help="Longest length, in tokens.")] = 8192,
+    mode: Annotated[MemoryMode, typer.Option(help="Of the pool; disabled is the control.")] = "full",
+    dtype: Annotated[Literal["both", "float32", "bfloat16"], typer.Option(help="Which are drawn from.")] = "both",
 ) -> None:
     """Let threads train attention on random lengths, with checkpoints and exceptions, and watch the pool (CPU)."""
-    if not run_soak(seconds, threads, longest, typer.echo):
+    dtypes = ("float32", "bfloat16") if dtype == "both" else (dtype,)
+    if not run_soak(seconds, threads, longest, typer.echo, mode, dtypes):
         raise typer.Exit(1)
 
 

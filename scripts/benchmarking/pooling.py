@@ -1,10 +1,15 @@
-"""What memory pools and the levers of the process bring: every variant in a fresh process, samples interleaved."""
+"""What memory pools and the levers of the process bring: every variant in a fresh process, samples interleaved.
+
+Every row also says how many page faults a call has and how long the kernel works for it. That bounds what any pool can
+bring: one that costs nothing saves the kernel's time at most.
+"""
 
 import json
 import multiprocessing
 import os
 import random
 import re
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,7 +29,7 @@ from hf_dilated.config.memory import MemoryMode
 from hf_dilated.distributed import SequenceLayout
 from hf_dilated.functional import attend
 from hf_dilated.memory import auto_configure_memory_pool, buffers
-from hf_dilated.memory.levers import TORCH_HUGE_PAGES, pull_levers
+from hf_dilated.memory.levers import pull_levers
 from hf_dilated.memory.measure import CONTROL, ratio
 from hf_dilated.memory.policy import Thresholds
 from hf_dilated.patterns import DensePattern, DilatedPattern
@@ -41,6 +46,8 @@ REPORT = {
     ("varying", 8192): "3.47",
 }
 TURNS = 4  # lengths of one sample of the varying case
+SHORTEST_SAMPLE = 0.02  # seconds; shorter calls are repeated within a sample
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ CPU_VARIANTS = (
     Variant("levers", levers=True),
     Variant("levers + full", "full", levers=True),
 )
+FEW_VARIANTS = tuple(v for v in CPU_VARIANTS if v.name in ("torch", CONTROL, "full", "levers"))
 CUDA_VARIANTS = (Variant("torch"), Variant(CONTROL), Variant("full", "full"))
 
 
@@ -87,14 +95,23 @@ class Job:
         """How rows call it."""
         return "write" if self.case == "write" else "step" if self.backward else "forward"
 
+    def variants(self, fewest_heads: int) -> tuple[Variant, ...]:
+        """Where it takes its memory from, one after the other."""
+        if self.device == "cuda":
+            return CUDA_VARIANTS
+        return CPU_VARIANTS if self.heads == fewest_heads else FEW_VARIANTS
 
-def jobs(device: str, lengths: list[int], sizes: list[int], heads: int, head_dim: int, dtype: str) -> list[Job]:
-    """List what is measured; the report's rows are among it."""
-    shared: dict[str, Any] = {"device": device, "dtype": dtype, "heads": heads, "head_dim": head_dim}
-    cases = [("dilated", length) for length in lengths]
-    found = [Job(case, n, backward, **shared) for case, n in cases for backward in (False, True)]
-    found += [Job(case, n, True, **shared) for case, n in (("ring", 1024), ("standard", 8192), ("varying", 8192))]
-    return [*found, *(Job("write", size, False, **shared) for size in sizes)]
+
+def jobs(device: str, lengths: list[int], sizes: list[int], heads: list[int], head_dim: int, dtype: str) -> list[Job]:
+    """List what is measured; the report's rows are among it. More heads than the fewest take part in training steps."""
+    shared: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
+    fewest, *more = sorted(heads)
+    found = [Job("write", size, False, heads=fewest, **shared) for size in sizes]
+    found += [Job("dilated", n, backward, heads=fewest, **shared) for n in lengths for backward in (False, True)]
+    rest = ("ring", 1024), ("standard", 8192), ("varying", 8192)
+    found += [Job(case, n, True, heads=fewest, **shared) for case, n in rest]
+    many = [*(("dilated", n) for n in lengths if n >= 8192), ("varying", 8192)]
+    return found + [Job(case, n, True, heads=count, **shared) for count in more for case, n in many]
 
 
 def prepare(job: Job, variant: Variant) -> Call:
@@ -165,22 +182,58 @@ def _attention(job: Job, length: int, spec: str) -> Callable[..., Any]:
     return lambda q, k, v: dilated_attention(q, k, v, config, memory=spec)
 
 
+class Sample(NamedTuple):
+    """What one call took: seconds, the kernel's part of them over all threads, and page faults."""
+
+    seconds: float
+    system: float
+    faults: float
+
+
+class Measured(NamedTuple):
+    """Samples of one variant, and its peak memory in bytes beyond the inputs, where the system tells."""
+
+    samples: list[Sample]
+    peak: int | None
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of every sample."""
+        return [sample.seconds for sample in self.samples]
+
+    def median(self, field: str) -> float:
+        """Return the median of a field of the samples."""
+        return statistics.median(getattr(sample, field) for sample in self.samples)
+
+    def bound(self) -> float:
+        """Return how many times faster it would be if the kernel did nothing for it."""
+        seconds = self.median("seconds")
+        return seconds / max(seconds - self.median("system"), seconds / 100)
+
+
+def _sample(call: Call, repeats: int) -> Sample:
+    before, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    for _ in range(repeats):
+        call()
+    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
+    system, faults = after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt
+    return Sample(seconds / repeats, system / repeats, faults / repeats)
+
+
 def _work(connection: Connection, job: Job, variant: Variant) -> None:
-    """Run calls on demand; answer with their seconds, at last with the peak memory beyond the inputs."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    """Take samples on demand; answer with them, at last with the peak memory beyond the inputs."""
     if variant.levers:
-        pull_levers(huge_pages=False)  # the environment has asked for them before torch was there
+        pull_levers()  # before the first tensor
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     connection.send(None)
     connection.recv()
     call = prepare(job, variant)
     before = _mark(job.device)
-    for _ in range(2):
-        call()
+    call()
+    repeats = max(1, int(SHORTEST_SAMPLE / _sample(call, 1).seconds))
     connection.send(None)
     while connection.recv():
-        begin = time.perf_counter()
-        call()
-        connection.send(time.perf_counter() - begin)
+        connection.send(_sample(call, repeats))
     connection.send(None if before is None else _peak(job.device) - before)
 
 
@@ -204,18 +257,14 @@ def _peak(device: str) -> int:
 
 @contextmanager
 def _processes(job: Job, variants: tuple[Variant, ...]) -> Iterator[dict[str, Connection]]:
-    spawn = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # fresh processes that need not import torch again
+    context.set_forkserver_preload(["torch", "hf_dilated"])
     started, ends = [], {}
     try:
         for variant in variants:
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_work, args=(theirs, job, variant), daemon=True)
-            if variant.levers:
-                os.environ[TORCH_HUGE_PAGES] = "1"
-            try:
-                process.start()
-            finally:
-                os.environ.pop(TORCH_HUGE_PAGES, None)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, job, variant), daemon=True)
+            process.start()
             started.append(process)
             theirs.close()
             ends[variant.name] = ours
@@ -231,61 +280,70 @@ def _processes(job: Job, variants: tuple[Variant, ...]) -> Iterator[dict[str, Co
             process.kill()
 
 
-def measure(job: Job, variants: tuple[Variant, ...], rounds: int) -> dict[str, tuple[list[float], int | None]]:
-    """Return the seconds and the peak memory of every variant."""
+def measure(job: Job, variants: tuple[Variant, ...], rounds: int, budget_seconds: float) -> dict[str, Measured]:
+    """Measure every variant in turn; fewer rounds, three at least, where the budget is spent."""
     shuffle = random.Random(0)
-    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    samples: dict[str, list[Sample]] = {variant.name: [] for variant in variants}
+    deadline = time.monotonic() + budget_seconds
     with _processes(job, variants) as ends:
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done >= LEAST_ROUNDS and time.monotonic() > deadline:
+                break
             for name in shuffle.sample(list(ends), len(ends)):
                 ends[name].send(True)
-                seconds[name].append(ends[name].recv())
+                samples[name].append(ends[name].recv())
         peaks = {}
         for name, end in ends.items():
             end.send(False)
             peaks[name] = end.recv()
-    return {name: (seconds[name], peaks[name]) for name in seconds}
+    return {name: Measured(samples[name], peaks[name]) for name in samples}
 
 
 def run(chosen: list[Job], rounds: int, output: Path, name: str, budget_seconds: float) -> Path:
     """Measure jobs, write a row for each variant and print a table."""
     device = chosen[0].device
-    variants = CPU_VARIANTS if device == "cpu" else CUDA_VARIANTS
     machine = describe_machine(device)
     output.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", f"memory {machine['device']}".lower()).strip("-")
     path = output / f"{name or slug}.jsonl"
     path.unlink(missing_ok=True)
     deadline = time.monotonic() + budget_seconds
-    table = Table("case", "length", "", "variant", "ms", "× torch [95 %]", "extra MiB", "report")
-    for job in chosen:
-        if time.monotonic() > deadline:
-            table.add_row(job.case, f"{job.length:,}", job.mode, "the budget is spent", "", "", "", "")
+    columns = "case", "length", "variant", "ms", "× torch [95 %]", "extra MiB", "faults", "kernel", "bound", "report"
+    table = Table(*columns)
+    fewest = min(job.heads for job in chosen)
+    for number, job in enumerate(chosen):
+        left = deadline - time.monotonic()
+        if left < 0:
+            table.add_row(job.case, f"{job.length:,}", "the budget is spent")
             continue
-        found = measure(job, variants, rounds)
+        found = measure(job, job.variants(fewest), rounds, left / (len(chosen) - number))
         with path.open("a") as file:
-            for variant, (seconds, peak) in found.items():
-                row = {"kind": "memory", "variant": variant, "mode": job.mode, "length": job.length}
-                row |= {"median": statistics.median(seconds), "seconds": seconds, "peak_bytes": peak}
+            for variant, measured in found.items():
+                row: dict[str, Any] = {"kind": "memory", "variant": variant, "mode": job.mode, "length": job.length}
+                row |= {"median": measured.median("seconds"), "seconds": measured.seconds}
+                row |= {"system_seconds": [sample.system for sample in measured.samples]}
+                row |= {"page_faults": measured.median("faults"), "peak_bytes": measured.peak}
                 file.write(json.dumps(row | {"case": asdict(job), "machine": machine}) + "\n")
         _add(table, job, found)
-    Console(width=120, highlight=False).print(table)
+    Console(width=140, highlight=False).print(table)
     return path
 
 
-def _add(table: Table, job: Job, found: dict[str, tuple[list[float], int | None]]) -> None:
-    baseline, _ = found["torch"]
-    for variant, (seconds, peak) in found.items():
+def _add(table: Table, job: Job, found: dict[str, Measured]) -> None:
+    baseline = found["torch"].seconds
+    for variant, measured in found.items():
         first = variant == "torch"
-        value, low, high = ratio(baseline, seconds)
+        value, low, high = ratio(baseline, measured.seconds)
         table.add_row(
-            job.case if first else "",
+            f"{job.case} {job.mode}, {job.heads} heads" if first else "",
             f"{job.length:,}" if first else "",
-            job.mode if first else "",
             variant,
-            f"{statistics.median(seconds) * 1e3:,.2f}",
+            f"{measured.median('seconds') * 1e3:,.2f}",
             "1" if first else f"{value:.3f} \\[{low:.3f}, {high:.3f}]",
-            "-" if peak is None else f"{peak / (1 << 20):,.0f}",
+            "-" if measured.peak is None else f"{measured.peak / (1 << 20):,.0f}",
+            f"{measured.median('faults'):,.0f}",
+            f"{measured.median('system') / measured.median('seconds'):.1%}",
+            f"{measured.bound():.3f}" if first else "",
             REPORT.get((job.case, job.length), "") if variant == "full" else "",
             end_section=variant == list(found)[-1],
         )

@@ -1,15 +1,23 @@
-"""A long run of the pool under everything that happens to it: lengths, threads, checkpoints, exceptions."""
+"""A long run of the pool under everything that happens to it: lengths, threads, checkpoints, exceptions.
 
+With ``mode="disabled"`` it is the control: the same steps on torch's own allocations. What the process holds beside the
+pool is told by malloc.
+"""
+
+import ctypes
 import gc
 import random
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from hf_dilated import DilatedConfig, dilated_attention
+from hf_dilated.config.memory import MemoryMode
+from hf_dilated.engine.plan import make_plan
 from hf_dilated.memory import auto_configure_memory_pool
 from hf_dilated.memory.buffers import manager_of
 from hf_dilated.memory.system import system
@@ -18,22 +26,59 @@ PATTERN = DilatedConfig(segment_lengths=(128, 256, 512, 1024), dilation_rates=(1
 MIB = 1 << 20
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FIGURES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _Figures(ctypes.Structure):
+    """What glibc's ``mallinfo2`` returns."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in FIGURES]
+
+
+def malloc_figures() -> str:
+    """Say what malloc has handed out of its heaps, keeps free there, and has mapped; empty where it does not tell."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return ""
+    mallinfo.restype = _Figures
+    found = mallinfo()
+    used, free, mapped = (size / MIB for size in (found.uordblks, found.fordblks, found.hblkhd))
+    return f"; malloc: {used:,.0f} MiB in use, {free:,.0f} free, {mapped:,.0f} mapped"
+
+
 class Interrupted(RuntimeError):
     """Raised in the middle of a step."""
 
 
-def soak(seconds: float, threads: int, longest: int, report: Any) -> bool:
+def soak(
+    seconds: float,
+    threads: int,
+    longest: int,
+    report: Any,
+    mode: MemoryMode = "full",
+    dtypes: Sequence[str] = (*DTYPES,),
+) -> bool:
     """Train attention on random lengths until the time is over.
+
+    Args:
+        seconds: How long.
+        threads: Threads that train at the same time.
+        longest: Longest length.
+        report: Takes lines of text.
+        mode: Of the pool.
+        dtypes: Names of those that are drawn from.
 
     Returns:
         Whether everything came back, nothing grew and all results were right.
     """
-    spec = auto_configure_memory_pool(longest, mode="full").spec
+    spec = auto_configure_memory_pool(longest, mode=mode).spec
     pool = manager_of(spec).pool()
     deadline, begin = time.monotonic() + seconds, time.monotonic()
     state = {"steps": 0, "wrong": 0, "interrupted": 0}
     workers = [
-        threading.Thread(target=_work, args=(n, spec, longest, deadline, state), daemon=True) for n in range(threads)
+        threading.Thread(target=_work, args=(n, spec, longest, dtypes, deadline, state), daemon=True)
+        for n in range(threads)
     ]
     for worker in workers:
         worker.start()
@@ -46,13 +91,15 @@ def soak(seconds: float, threads: int, longest: int, report: Any) -> bool:
         report(
             f"{time.monotonic() - begin:6.0f} s  {state['steps']:,} steps, held {held / MIB:,.0f} MiB, resident "
             f"{samples[-1][1] / MIB:,.0f} MiB, hit rate {stats['hit_rate']:.3f}, fragmentation "
-            f"{stats['fragmentation']:.1%}, {stats['evictions']:,} evictions"
+            f"{stats['fragmentation']:.1%}, {stats['evictions']:,} evictions{malloc_figures()}"
         )
     for worker in workers:
         worker.join(120)
     hung = any(worker.is_alive() for worker in workers)
     gc.collect()
     live = pool.stats()["bytes_live"]
+    make_plan.cache_clear()
+    report(f"resident {system().resident() / MIB:,.0f} MiB without plans{malloc_figures()}")
     half = len(samples) // 2
     grown = max(held for held, _ in samples[half:]) / max(1, max(held for held, _ in samples[:half]))
     report(
@@ -62,12 +109,12 @@ def soak(seconds: float, threads: int, longest: int, report: Any) -> bool:
     return not hung and live == 0 and state["wrong"] == 0 and grown < 1.1
 
 
-def _work(number: int, spec: str, longest: int, deadline: float, state: dict[str, int]) -> None:
+def _work(number: int, spec: str, longest: int, dtypes: Sequence[str], deadline: float, state: dict[str, int]) -> None:
     draw = random.Random(number)
     while time.monotonic() < deadline:
         length = draw.randrange(longest // 8, longest)
         try:
-            same = _step(draw, spec, length, fails=draw.random() < 0.05)
+            same = _step(draw, spec, length, DTYPES[draw.choice(dtypes)], fails=draw.random() < 0.05)
         except Interrupted:
             state["interrupted"] += 1
         else:
@@ -75,10 +122,9 @@ def _work(number: int, spec: str, longest: int, deadline: float, state: dict[str
         state["steps"] += 1
 
 
-def _step(draw: random.Random, spec: str, length: int, *, fails: bool) -> bool:
+def _step(draw: random.Random, spec: str, length: int, dtype: torch.dtype, *, fails: bool) -> bool:
     """Two layers, one of them checkpointed; every tenth step is compared with torch's own allocations."""
     generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
-    dtype = draw.choice([torch.float32, torch.bfloat16])
     q, k, v = (torch.randn(1, 4, length, 64, generator=generator).to(dtype) for _ in range(3))
 
     def train(memory: str) -> torch.Tensor:
