@@ -103,7 +103,7 @@ class Wire:
 
     def gather(self, x: Tensor) -> Arrival[Tensor]:
         """Bring everybody's x (…), equally large, together as (P, …)."""
-        sent = x.contiguous()
+        sent = buffers.contiguous(BufferType.COMM, x)
         if self.group is None:
             return Arrival(sent[None], [], (sent,), self)
         out = empty_rows(sent, self.ranks, *sent.shape)
@@ -113,7 +113,7 @@ class Wire:
 
     def exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival[Tensor]:
         """Send the first ``send[0]`` rows of x (R, …) to rank 0 and so on; receive ``receive[s]`` rows from rank s."""
-        sent = x.contiguous()
+        sent = buffers.contiguous(BufferType.COMM, x)
         out = empty_rows(sent, sum(receive), *sent.shape[1:])
         row = row_bytes(sent)
         work = dist.all_to_all_single(

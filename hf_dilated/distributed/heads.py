@@ -14,6 +14,7 @@ from hf_dilated.distributed.accumulate import attend
 from hf_dilated.distributed.communication import Wire
 from hf_dilated.distributed.shares import Problem, heads_plan
 from hf_dilated.distributed.transports import Here
+from hf_dilated.memory import BufferType, buffers
 
 
 def attend_by_heads(
@@ -32,7 +33,7 @@ def attend_by_heads(
         Output (T, H, Dv) and LSE (H, T).
     """
     share = heads_plan(problem, wire.rank)
-    table = _Table(wire, problem.tokens, share.index.tensor(query.device))
+    table = _Table(wire, problem.tokens, share.index.tensor(query.device), memory)
     own = None if sink_logits is None else sink_logits.unflatten(0, (wire.ranks, -1))[wire.rank]
     q, k, v = (_ToHeads.apply(x, table) for x in (query, key, value))
     output, lse = attend(q, k, v, own, partial(Here, share.plan), scale, memory)
@@ -42,19 +43,23 @@ def attend_by_heads(
 class _Table:
     """What stands where before and after a trade."""
 
-    def __init__(self, wire: Wire, tokens: int, index: Tensor) -> None:
-        self.wire, self.tokens, self.index = wire, tokens, index
+    def __init__(self, wire: Wire, tokens: int, index: Tensor, memory: str) -> None:
+        self.wire, self.tokens, self.index, self.memory = wire, tokens, index, memory
 
     def to_heads(self, x: Tensor) -> Tensor:
         """Turn tokens (T, heads, …) of this rank into (all real tokens, heads / P, …)."""
-        parts = x.unflatten(1, (self.wire.ranks, -1)).transpose(0, 1).flatten(0, 1)
-        return self._trade(parts)[self.index]
+        with buffers.using(self.memory):
+            parts = buffers.contiguous(BufferType.COMM, x.unflatten(1, (self.wire.ranks, -1)).transpose(0, 1))
+            return buffers.gathered(self._trade(parts.flatten(0, 1)), (self.index,))
 
     def to_tokens(self, x: Tensor, empty: float = 0.0) -> Tensor:
         """The inverse of :meth:`to_heads`; empty slots get a value."""
-        spread = x.new_full((self.wire.ranks * self.tokens, *x.shape[1:]), empty)
-        spread[self.index] = x
-        return self._trade(spread).unflatten(0, (self.wire.ranks, -1)).transpose(0, 1).flatten(1, 2)
+        with buffers.using(self.memory):
+            shape = (self.wire.ranks * self.tokens, *x.shape[1:])
+            spread = buffers.full(BufferType.COMM, shape, empty, x.dtype, x.device)
+            spread[self.index] = x
+            parts = self._trade(spread).unflatten(0, (self.wire.ranks, -1)).transpose(0, 1)
+            return buffers.contiguous(BufferType.OUTPUT, parts).flatten(1, 2)
 
     def _trade(self, x: Tensor) -> Tensor:
         even = [self.tokens] * self.wire.ranks

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_dilated.functional import token_positions
+from hf_dilated.memory.bounded import bounded_cache
 from hf_dilated.patterns.documents import Documents, Integers, layout_from_positions
 from hf_dilated.patterns.shards import Shard
 
@@ -17,6 +18,7 @@ Kind = Literal["zigzag", "contiguous"]
 
 SHORTEST_PIECE = 128  # tokens; documents that would fall into shorter pieces are not folded
 EMPTY = -1
+LAYOUT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +141,7 @@ def _expanded(index: Tensor, like: Tensor) -> Tensor:
     return index.view(*index.shape, *[1] * (like.ndim - 2)).expand(*index.shape, *like.shape[2:])
 
 
-@lru_cache(maxsize=64)
+@bounded_cache(LAYOUT_BYTES, most=64)
 def _layout(positions: bytes, shape: tuple[int, int], ranks: int, kind: Kind, shortest: int) -> SequenceLayout:
     """Layers and batches of the same documents share a layout, and with it their plans."""
     grid = np.frombuffer(positions, dtype=np.int64).reshape(shape)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,12 +10,15 @@ from torch import Tensor
 
 from hf_dilated.distributed.layout import SequenceLayout
 from hf_dilated.engine.plan import Frame, Plan, plan_levels
+from hf_dilated.memory import buffers
+from hf_dilated.memory.bounded import bounded_cache
 from hf_dilated.patterns import BlockSparsePattern, parse
 from hf_dilated.patterns.documents import Integers
 from hf_dilated.patterns.partials import Level
 from hf_dilated.patterns.shards import Rows, Shard, between, rows_seen, with_heads
 
 KEPT = 32
+KEPT_BYTES = 256 << 20  # of each function
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class Index:
         first = int(self.places[0]) if n else 0
         return slice(first, first + n) if np.array_equal(self.places, np.arange(first, first + n)) else None
 
-    def on(self, device: torch.device) -> Tensor | slice:
-        """What to index with."""
-        return self.tensor(device) if self._slice is None else self._slice
+    def of(self, x: Tensor) -> Tensor:
+        """Take them from x."""
+        return buffers.gathered(x, (self.tensor(x.device),)) if self._slice is None else x[self._slice]
 
     def tensor(self, device: torch.device) -> Tensor:
         """The places on a device."""
@@ -59,7 +62,7 @@ class Index:
         return self._on_device[device]
 
 
-@lru_cache(maxsize=KEPT)
+@bounded_cache(KEPT_BYTES, KEPT)
 def levels_of(problem: Problem) -> Sequence[Level]:
     """The partial attentions of the whole batch."""
     pattern = parse(problem.pattern)
@@ -78,14 +81,14 @@ def plan_for(
     return plan_levels(levels, frame, problem.heads // (kv_heads or problem.kv_heads), problem.packs, goes_on=goes_on)
 
 
-@lru_cache(maxsize=KEPT)
+@bounded_cache(KEPT_BYTES, KEPT)
 def own_plan(problem: Problem, rank: int) -> Plan:
     """A rank's queries and its own keys."""
     shard = problem.layout.shards[rank]
     return plan_for(problem, between(levels_of(problem), shard, shard), problem.tokens, goes_on=False)
 
 
-@lru_cache(maxsize=KEPT)
+@bounded_cache(KEPT_BYTES, KEPT)
 def chunk_plan(problem: Problem, size: int, queries: int, keys: int) -> Plan:
     """Some queries and some keys of one process: of its chunks of ``size`` tokens those with these numbers."""
     shard = problem.layout.shards[0]
@@ -96,7 +99,7 @@ def chunk_plan(problem: Problem, size: int, queries: int, keys: int) -> Plan:
     return plan_levels(levels, frame, problem.heads // problem.kv_heads, problem.packs, goes_on=queries != keys)
 
 
-@lru_cache(maxsize=8 * KEPT)
+@bounded_cache(KEPT_BYTES, 8 * KEPT)
 def pair_levels(problem: Problem, rank: int, other: int) -> list[Level]:
     """The partial attentions of a rank's queries to the keys of another rank."""
     shards = problem.layout.shards
@@ -126,7 +129,7 @@ class Seen:
     index: Index
 
 
-@lru_cache(maxsize=KEPT)
+@bounded_cache(KEPT_BYTES, KEPT)
 def seen_plan(problem: Problem, rank: int) -> Seen:
     """A rank's queries and the rows of other ranks that they see."""
     ranks, distance = problem.layout.ranks, problem.tokens + 1
@@ -146,7 +149,7 @@ def seen_plan(problem: Problem, rank: int) -> Seen:
     )
 
 
-@lru_cache(maxsize=KEPT)
+@bounded_cache(KEPT_BYTES, KEPT)
 def _rows(problem: Problem, rank: int) -> Rows:
     """What a rank asks of the others; all ranks compute it for all."""
     shards, distance = problem.layout.shards, problem.tokens + 1  # progressions end where shards do
@@ -168,7 +171,7 @@ class Heads:
     index: Index
 
 
-@lru_cache(maxsize=KEPT)
+@bounded_cache(KEPT_BYTES, KEPT)
 def heads_plan(problem: Problem, rank: int) -> Heads:
     """All queries and keys of a rank's share of the heads."""
     ranks, T = problem.layout.ranks, len(problem.layout.column)

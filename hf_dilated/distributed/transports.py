@@ -145,8 +145,8 @@ class SeenRows:
         return seen_plan(self.problem, self.wire.rank)
 
     def portions(self, key: Tensor, value: Tensor) -> Iterator[Portion]:
-        seen, places = self._seen, self._seen.index.on(key.device)
-        arriving = [self.wire.exchange(self._rows(x)[places], seen.send, seen.receive) for x in (key, value)]
+        seen = self._seen
+        arriving = [self.wire.exchange(seen.index.of(self._rows(x)), seen.send, seen.receive) for x in (key, value)]
         yield Portion(own_plan(self.problem, self.wire.rank), key, value, 0)
         key_rows, value_rows = (x.wait().unsqueeze(1) if seen.per_head else x.wait() for x in arriving)
         yield Portion(seen.plan, key_rows, value_rows, 1)

@@ -135,7 +135,7 @@ class FusedOutput:
         """Take a part (n, h, L, D) with LSE (n, h, L), or (T, h, D) with (T, h)."""
         _, N, H, D = self.shape
         if self.output is None and selection.view is not None and _covers(selection.view, part, self.shape):
-            self.output = part.transpose(1, 2).view(self.shape).to(self.dtype)
+            self.output = _whole(part, self.shape, self.dtype)
             view = selection.view.of(self.lse)
             view.copy_(part_lse.transpose(1, 2).reshape(view.shape))
             return
@@ -152,7 +152,7 @@ class FusedOutput:
         if self.output is None:
             self._start_empty()
         assert self.output is not None
-        return self.output.transpose(1, 2).to(self.query.dtype), self.lse
+        return buffers.converted(BufferType.OUTPUT, self.output.transpose(1, 2), self.query.dtype), self.lse
 
     def _start_empty(self) -> None:
         self.output = buffers.full(BufferType.OUTPUT, self.shape, 0.0, self.dtype, self.query.device)
@@ -188,7 +188,7 @@ class FusedGradient:
         if self.total is not None:
             return False
         if selection.view is not None and _covers(selection.view, part, self.shape):
-            self.total = part.transpose(1, 2).view(self.shape).to(self.dtype)
+            self.total = _whole(part, self.shape, self.dtype)
             return True
         self.total = buffers.full(BufferType.OUTPUT, self.shape, 0.0, self.dtype, self.like.device)
         return False
@@ -202,8 +202,9 @@ class FusedGradient:
 
     def result(self) -> Tensor:
         """Return the sum."""
-        total = self.like.new_zeros(self.shape) if self.total is None else self.total
-        return total.transpose(1, 2).to(self.like.dtype)
+        if self.total is None:
+            self.total = buffers.full(BufferType.OUTPUT, self.shape, 0.0, self.dtype, self.like.device)
+        return buffers.converted(BufferType.OUTPUT, self.total.transpose(1, 2), self.like.dtype)
 
 
 def _add(selection: Selection, *pairs: tuple[FusedGradient, Tensor]) -> None:
@@ -219,6 +220,12 @@ def _add(selection: Selection, *pairs: tuple[FusedGradient, Tensor]) -> None:
 def _covers(view: View, part: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a part is the whole result, token by token."""
     return view.step == 1 and part.numel() == math.prod(shape) and part.transpose(1, 2).is_contiguous()
+
+
+def _whole(part: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return such a part (n, h, L, D) as the result (B, N, H, D) in a dtype."""
+    whole = part.transpose(1, 2).view(shape)
+    return buffers.converted(BufferType.OUTPUT, whole.transpose(1, 2), dtype).transpose(1, 2)
 
 
 def _count(part: Tensor) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from hf_dilated.engine.streamed import wide
+from hf_dilated.memory import BufferType, buffers
 from hf_dilated.patterns.partials import ForgettingPattern
 
 
@@ -68,7 +69,7 @@ def spread(x: Tensor, key_positions: Tensor, past: int, queries: int) -> Tensor:
     old = M - queries
     slot = key_positions[..., :old]
     slot = torch.where(slot >= 0, slot, past)  # nothing: where a new one will be written
-    result = x.new_empty(B, G, past + queries, D)
+    result = buffers.empty(BufferType.TEMP, (B, G, past + queries, D), x.dtype, x.device)
     result.scatter_(2, slot[..., None].expand(B, G, old, D), x[:, :, :old])
     result[:, :, past:] = x[:, :, old:]
     return result

@@ -6,7 +6,6 @@ Planning needs the positions of the keys on the host, so these operators read th
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,10 @@ from hf_dilated.engine.chosen import chosen_blocks, chosen_levels
 from hf_dilated.engine.plan import Frame, Plan, make_plan, plan_levels
 from hf_dilated.engine.streamed import wide
 from hf_dilated.memory import BufferType, buffers
+from hf_dilated.memory.bounded import bounded_cache
 from hf_dilated.patterns.documents import Documents, Layout, layout_from_positions
+
+LAYOUT_BYTES = 256 << 20
 
 
 @contextmanager
@@ -48,9 +50,9 @@ def attend(
     memory: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Attend along a pattern: output (B, H, N, Dv) and LSE (B, H, N); ``memory`` says where from to allocate."""
-    query, key, value = _with_rows(query, key, value)
-    batch = _Batch(query, key, key_positions, pattern, is_causal)
     with running(query, memory):
+        query, key, value = _with_rows(query, key, value)
+        batch = _Batch(query, key, key_positions, pattern, is_causal)
         q, k, v = batch.query(query), batch.key(key), batch.key(value)
         output, lse = batch.forward(q, k, v, scale)
         output, lse = batch.put_back(output, 0.0), batch.put_back(lse, -torch.inf).contiguous()
@@ -102,9 +104,9 @@ def attend_backward(
     memory: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend` by query, key and value."""
-    grad, query, key, value = _with_rows(grad, query, key, value)
-    batch = _Batch(query, key, key_positions, pattern, is_causal)
     with running(query, memory):
+        grad, query, key, value = _with_rows(grad, query, key, value)
+        batch = _Batch(query, key, key_positions, pattern, is_causal)
         q, k, v = batch.query(query), batch.key(key), batch.key(value)
         grads = batch.backward(batch.query(grad), q, k, v, batch.query(output), batch.query(lse), scale)
         return batch.put_back(grads[0], 0.0), batch.put_back_key(grads[1]), batch.put_back_key(grads[2])
@@ -132,7 +134,7 @@ attend.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 def _with_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Kernels read rows of D neighbouring numbers; expanded gradients, for one, have none."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    return tuple(x if x.stride(-1) == 1 else buffers.contiguous(BufferType.TEMP, x) for x in tensors)
 
 
 def with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -141,7 +143,9 @@ def with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor | None) -> tuple[
         return output, lse
     total = torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None])
     share = (lse - total).exp().unsqueeze(-1)
-    return (output * share).to(output.dtype), total
+    stored = output.transpose(1, 2)
+    scaled = buffers.empty(BufferType.OUTPUT, stored.shape, lse.dtype, output.device).transpose(1, 2)
+    return buffers.converted(BufferType.OUTPUT, torch.mul(output, share, out=scaled), output.dtype), total
 
 
 def sink_gradient(sink_logits: Tensor, grad: Tensor, output: Tensor, lse: Tensor) -> Tensor:
@@ -214,7 +218,7 @@ class _Batch:
         return _spread(x, self.layout.key_index, self.shape[0], self.shape[2], 0.0)
 
 
-@lru_cache(maxsize=8)
+@bounded_cache(LAYOUT_BYTES, most=8)
 def _layout(positions: bytes, dtype: np.dtype[Any], shape: tuple[int, int], queries: int) -> Layout:
     """Layers share a layout; positions are compared by value, since buffers of a compiled graph are reused."""
     return layout_from_positions(np.frombuffer(positions, dtype).reshape(shape).astype(np.int64), queries)

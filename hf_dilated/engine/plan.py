@@ -8,7 +8,7 @@ all head classes, and on some devices of all lengths, share one call.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_dilated.engine.kernels import PackedLengths
+from hf_dilated.memory.bounded import bounded_cache
 from hf_dilated.patterns.documents import Documents, Integers
 from hf_dilated.patterns.partials import Gathered, Level, Partials, Pattern, Spans
 
@@ -26,6 +27,7 @@ LEAST_GATHERED = 1 << 15  # rows that a call may gather in any case
 MOST_GATHERED = 1 << 16  # keys of a head that a call puts side by side where rows share them
 REGULAR_SIZE = 128  # sizes that come from segments rather than from the end of a document
 PLANS_KEPT = 16
+PLAN_BYTES = 1 << 30  # a plan takes some 80 bytes a token, and every kind of layer has its own
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Plan:
     calls: tuple[Call, ...]
 
 
-@lru_cache(maxsize=PLANS_KEPT)
+@bounded_cache(PLAN_BYTES, PLANS_KEPT)
 def make_plan(pattern: Pattern, documents: Documents, heads: int, kv_heads: int, is_causal: bool, packs: bool) -> Plan:
     """Plan the kernel calls of a pattern.
 

@@ -10,8 +10,10 @@ from transformers.cache_utils import DynamicLayer
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.kept import Kept, Slots, Told, remember
 from hf_dilated.integration.layers import layer_pattern
+from hf_dilated.integration.memory import cache_memory
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.support import UnsupportedError
+from hf_dilated.memory import BufferType, buffers
 from hf_dilated.patterns import DensePattern
 from hf_dilated.patterns.partials import ForgettingPattern
 
@@ -53,12 +55,13 @@ class PatternCache(Cache):
         if drop_every < 1:
             raise ValueError(f"drop_every: expected at least 1, got {drop_every}")
         self.told = Told()
+        memory = cache_memory(text, self.backend)
         layers = DynamicCache(config=config).layers
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 pattern = layer_pattern(text, index, None, BACKENDS[self.backend].name)
                 if not isinstance(pattern, DensePattern):
-                    layers[index] = PatternLayer(pattern, text.num_attention_heads, self.told, drop_every)
+                    layers[index] = PatternLayer(pattern, text.num_attention_heads, self.told, drop_every, memory)
         super().__init__(layers=layers)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -101,12 +104,13 @@ class PatternLayer(DynamicLayer):
     keys: Tensor | None
     values: Tensor | None
 
-    def __init__(self, pattern: Any, heads: int, told: Told, drop_every: int) -> None:
+    def __init__(self, pattern: Any, heads: int, told: Told, drop_every: int, memory: str = "") -> None:
         super().__init__()
         self.pattern: ForgettingPattern = pattern
         self.heads = heads
         self.told = told
         self.drop_every = drop_every
+        self.memory = memory
         self.positions: Tensor | None = None
         self.is_initialized = False
         self.tokens = torch.zeros(1, dtype=torch.long)
@@ -123,7 +127,9 @@ class PatternLayer(DynamicLayer):
         keys, values, positions = key_states, value_states, new[:, None].expand(-1, key_states.shape[1], -1)
         past = torch.zeros_like(new[:, 0])
         if self.keys is not None and self.values is not None and self.positions is not None:
-            keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+            with buffers.using(self.memory):
+                keys = buffers.joined(BufferType.CACHE, [self.keys, keys], 2)
+                values = buffers.joined(BufferType.CACHE, [self.values, values], 2)
             rows, past = max(len(self.positions), len(positions)), self.tokens
             positions = torch.cat([x.expand(rows, -1, -1) for x in (self.positions, positions)], 2)
         else:
@@ -161,8 +167,11 @@ class PatternLayer(DynamicLayer):
         order = kept.to(torch.uint8).argsort(dim=2, stable=True)[..., M - count :]
         self.positions = self.positions.expand_as(kept).gather(2, order)
         order = order.expand(B, -1, -1)[..., None]
-        self.keys = self.keys.gather(2, order.expand(-1, -1, -1, self.keys.shape[3]))
-        self.values = self.values.gather(2, order.expand(-1, -1, -1, self.values.shape[3]))
+        with buffers.using(self.memory):
+            self.keys, self.values = (
+                buffers.chosen(BufferType.CACHE, x, 2, order.expand(-1, -1, -1, x.shape[3]))
+                for x in (self.keys, self.values)
+            )
         self.has_dropped = True
 
     def get_seq_length(self) -> int:

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hf_dilated.engine.kept import decode_kept, spread
 from hf_dilated.functional import attend
 from hf_dilated.integration.support import UnsupportedError
+from hf_dilated.memory import buffers
 from hf_dilated.patterns.partials import ForgettingPattern
 
 
@@ -92,6 +93,7 @@ def attend_kept(
     are_whole: bool,
     scale: float | None,
     sink_logits: Tensor | None,
+    memory: str = "",
 ) -> Tensor:
     """Causal attention to what a cache has kept: query (B, H, N, D) gives (B, H, N, Dv).
 
@@ -100,6 +102,7 @@ def attend_kept(
 
     Args:
         are_whole: Whether every row is one document without padding, as far as several queries are concerned.
+        memory: Where from to allocate, as in :func:`hf_dilated.dilated_attention`.
 
     Raises:
         UnsupportedError: If the cache was made for another pattern, or gradients are wanted.
@@ -117,8 +120,11 @@ def attend_kept(
         return decode_kept(query, key, value, kept.positions, kept.length, pattern, scale, sink_logits)
     past = kept.length - N if are_whole else int(kept.past.max())
     positions = None if are_whole else _all_positions(kept, past, N)
-    key, value = (spread(x, kept.positions, past, N) for x in (key, value))
-    output = attend(query, key, value, pattern, scale=scale, key_positions=positions, sink_logits=sink_logits)
+    with buffers.using(memory):
+        key, value = (spread(x, kept.positions, past, N) for x in (key, value))
+    output = attend(
+        query, key, value, pattern, scale=scale, key_positions=positions, sink_logits=sink_logits, memory=memory
+    )
     assert isinstance(output, Tensor)  # the log-sum-exp was not asked for
     return output
 

@@ -61,12 +61,17 @@ def model_memory(model: nn.Module) -> list[LayerMemory]:
 
 def module_policy(module: nn.Module) -> MemoryPolicy:
     """Return the policy of an attention module, with its reason."""
-    return _policy(*_values(module))
+    return _policy(*_values(module.config))
 
 
 def module_memory(module: nn.Module) -> str:
     """Return the same as text; a constant while ``torch.compile`` traces."""
-    return _constant_spec(*_values(module))
+    return _constant_spec(*_values(module.config))
+
+
+def cache_memory(config: Any, backend: str) -> str:
+    """Return the same for the cache of a model that runs a backend."""
+    return _policy(*_values(config, backend)).spec
 
 
 @torch._dynamo.assume_constant_result
@@ -74,13 +79,12 @@ def _constant_spec(*values: Any) -> str:
     return _policy(*values).spec
 
 
-def _values(module: nn.Module) -> tuple[str, str, int | None, str]:
+def _values(config: Any, backend: str | None = None) -> tuple[str, str, int | None, str]:
     """What the policy depends on, as plain values: backend, what is stored, length, and which model it is."""
-    config: Any = module.config
     text_config = config.get_text_config() if config.sub_configs else config
     stored = getattr(config, "hf_dilated", None)
     positions = getattr(text_config, "max_position_embeddings", None)
-    return config._attn_implementation, repr(stored), positions, model_key(config)
+    return backend or config._attn_implementation, repr(stored), positions, model_key(config)
 
 
 @functools.cache

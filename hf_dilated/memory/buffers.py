@@ -271,6 +271,32 @@ def converted(kind: BufferType, x: Tensor, dtype: torch.dtype) -> Tensor:
     return empty(kind, stored.shape, dtype, x.device).copy_(stored).transpose(1, 2)
 
 
+def contiguous(kind: BufferType, x: Tensor) -> Tensor:
+    """Return x with its numbers in order; x itself if they are."""
+    return x if x.is_contiguous() else empty(kind, x.shape, x.dtype, x.device).copy_(x)
+
+
+def joined(kind: BufferType, tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Return tensors side by side, as ``torch.cat`` does."""
+    if _in_use.manager is None or _needs_gradient(*tensors):
+        return torch.cat(list(tensors), dim)
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(x.shape[dim] for x in tensors)
+    return torch.cat(list(tensors), dim, out=empty(kind, shape, tensors[0].dtype, tensors[0].device))
+
+
+def chosen(kind: BufferType, x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return entries of x along a dimension, as ``torch.gather`` does."""
+    if _in_use.manager is None or _needs_gradient(x):
+        return x.gather(dim, index)
+    return torch.gather(x, dim, index, out=empty(kind, index.shape, x.dtype, x.device))
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd has to know; it knows nothing of what is written into a given tensor."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def gathered(x: Tensor, index: tuple[Tensor, ...]) -> Tensor:
     """Return ``x[index]`` as scratch."""
     if _in_use.manager is None:

@@ -1,19 +1,35 @@
 """Models allocate from the pool that their length asks for; the numbers are the same to the bit."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
-from hf_dilated import ConfigError, DilatedConfig, MemoryConfig, dilated_attention, model_memory
+from hf_dilated import (
+    BlockSparseCache,
+    BlockSparseConfig,
+    ConfigError,
+    DilatedCache,
+    DilatedConfig,
+    MemoryConfig,
+    block_sparse_attention,
+    dilated_attention,
+    model_memory,
+    ring_attention,
+)
+from hf_dilated.distributed import SequenceLayout
 from hf_dilated.integration.memory import module_memory
 from hf_dilated.memory import MemoryPool, auto_configure_memory_pool
+from hf_dilated.patterns import BlockSparsePattern, DensePattern, DilatedPattern
+from hf_dilated.patterns.partials import Pattern
 from tests.tiny_models import tiny_config, tiny_model, tokens
 
+Attention = Callable[..., Any]
 PATTERN = DilatedConfig(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4), sink_tokens=2, phase="alternate")
 MODES = {2048: "disabled", 4096: "lightweight", 8192: "full"}
 
@@ -126,14 +142,39 @@ def test_the_compiler_sees_a_constant() -> None:
     torch._dynamo.reset()
 
 
-def attend(memory: str, dtype: torch.dtype, seed: int, length: int = 70) -> list[Tensor]:
+def ring(pattern: Pattern) -> Attention:
+    """Ring attention in one process; its layout says what is padding."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor, memory: str) -> Any:
+        shape = q.shape[0], q.shape[2]
+        layout = SequenceLayout.of(shape, ranks=1, attention_mask=attention_mask)
+        q, k, v = (layout.shard(x.transpose(1, 2), 0).transpose(1, 2) for x in (q, k, v))
+        output = ring_attention(q, k, v, layout, pattern=pattern, memory=memory)
+        return layout.unshard(output.transpose(1, 2)[None]).transpose(1, 2)
+
+    return run
+
+
+BLOCKS = BlockSparseConfig(block_size=8, local_blocks=2, global_blocks=1, random_blocks=1)
+CHOSEN = BlockSparseConfig(block_size=8, local_blocks=1, topk_blocks=2)
+ATTENTION: dict[str, Attention] = {
+    "dilated": lambda q, k, v, **options: dilated_attention(q, k, v, PATTERN, **options),
+    "block_sparse": lambda q, k, v, **options: block_sparse_attention(q, k, v, BLOCKS, **options),
+    "chosen blocks": lambda q, k, v, **options: block_sparse_attention(q, k, v, CHOSEN, **options),
+    "ring": ring(DensePattern()),
+    "ring_dilated": ring(DilatedPattern(config=PATTERN)),
+    "ring_block_sparse": ring(BlockSparsePattern(config=BLOCKS)),
+}
+
+
+def attend(kind: str, memory: str, dtype: torch.dtype, seed: int, length: int = 70) -> list[Tensor]:
     """Outputs and gradients of a padded batch, twice through a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, h, length, 8, generator=generator).to(dtype).requires_grad_() for h in (4, 2, 2))
     mask = torch.rand(2, length, generator=generator) < 0.8
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return dilated_attention(q, k, v, PATTERN, attention_mask=mask, memory=memory)
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return ATTENTION[kind](q, k, v, attention_mask=mask, memory=memory)
 
     once = checkpoint(run, q, k, v, use_reentrant=False)
     twice = checkpoint(run, once, k, v, use_reentrant=True)
@@ -143,16 +184,17 @@ def attend(memory: str, dtype: torch.dtype, seed: int, length: int = 70) -> list
 
 def test_eight_threads_give_the_same_to_the_bit() -> None:
     spec = auto_configure_memory_pool(8192, smallest=1).spec
-    expected = [attend("", torch.float32, seed) for seed in range(8)]
+    cases = [(list(ATTENTION)[seed % len(ATTENTION)], seed) for seed in range(8)]
+    expected = [attend(kind, "", torch.float32, seed) for kind, seed in cases]
     wrong: list[int] = []
 
-    def work(seed: int) -> None:
+    def work(kind: str, seed: int) -> None:
         for _ in range(6):
-            found = attend(spec, torch.float32, seed)
+            found = attend(kind, spec, torch.float32, seed)
             if not all(torch.equal(a, b) for a, b in zip(found, expected[seed], strict=True)):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(8)]
+    threads = [threading.Thread(target=work, args=case, daemon=True) for case in cases]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -161,13 +203,54 @@ def test_eight_threads_give_the_same_to_the_bit() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("mode", ["lightweight", "full"])
+@pytest.mark.parametrize("kind", ATTENTION)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_attention_gives_the_same_to_the_bit(mode: Any, dtype: torch.dtype) -> None:
-    spec = auto_configure_memory_pool(8192, mode=mode, smallest=1).spec
-    for seed in range(4):
-        for a, b in zip(attend(spec, dtype, seed), attend("", dtype, seed), strict=True):
-            assert torch.equal(a, b)
+def test_attention_gives_the_same_to_the_bit(kind: str, dtype: torch.dtype, allocating: list[str]) -> None:
+    for seed in range(2):
+        expected = attend(kind, "", dtype, seed)
+        assert not allocating
+        for mode in ("lightweight", "full"):
+            spec = auto_configure_memory_pool(8192, kind, mode=mode, smallest=1).spec
+            assert all(torch.equal(a, b) for a, b in zip(attend(kind, spec, dtype, seed), expected, strict=True))
+            assert set(allocating) == {mode}
+            allocating.clear()
+
+
+@pytest.mark.parametrize(
+    ("cache", "pattern"),
+    [
+        (DilatedCache, DilatedConfig(segment_lengths=(16, 32), dilation_rates=(1, 2), offset="kv_head")),
+        (BlockSparseCache, BlockSparseConfig(block_size=8, local_blocks=2, global_blocks=1)),
+    ],
+)
+def test_caches_lie_in_the_pool(cache: Any, pattern: Any) -> None:
+    """They are told apart by their kind, and give the same to the bit."""
+    found = []
+    for mode in ("disabled", "full"):
+        model = tiny_model("llama", cache.backend, max_position_embeddings=64)
+        model.config.hf_dilated = pattern
+        model.config.hf_dilated = MemoryConfig(mode=mode, smallest=1, budget=11 << 20)
+        own, ids = cache(model.config, drop_every=4), tokens(2, 60)
+        with torch.no_grad(), model_memory(model)[0].manager.record() as recording:
+            steps = [model(part, past_key_values=own).logits for part in ids.split([30, 20, *[1] * 10], 1)]
+        found.append(torch.cat(steps, 1))
+        held = sum(event.size for event in recording.events if event.kind == "cache")
+        kept = sum(x.nbytes for layer in own.layers for x in (layer.keys, layer.values))
+        assert held == (kept if mode == "full" else 0)
+        assert own.layers[0].has_dropped
+    assert torch.equal(*found)
+
+
+def test_a_cache_is_differentiated_as_ever() -> None:
+    model = small_buffers(tiny_model("llama", "dilated", max_position_embeddings=64), mode="full")
+    found = []
+    for cache in (DilatedCache(model.config), DynamicCache(config=model.config)):
+        first = model(tokens(1, 5), past_key_values=cache).logits
+        (first.sum() + model(tokens(1, 4), past_key_values=cache).logits.sum()).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_backward_takes_its_buffers_from_the_same_pool() -> None:
