@@ -213,10 +213,7 @@ def memory(
     output: OutputOption = Path("outputs/benchmarks"),
     name: NameOption = "",
 ) -> None:
-    """Memory pools and the levers of the process against torch's own allocations, each in a fresh process.
-
-    Rows carry page faults and the kernel's time of a call: they bound what any pool can bring.
-    """
+    """Memory pools, and the levers of the process, against torch's own allocations; and what any pool can bring."""
     _check_device(device)
     on_gpu = device == "cuda"
     chosen = pooling.jobs(
@@ -227,11 +224,7 @@ def memory(
         head_dim or (128 if on_gpu else 64),
         dtype or ("bfloat16" if on_gpu else "float32"),
     )
-    path = pooling.run(chosen, rounds, output, name, budget_seconds)
-    typer.echo(
-        f"extra: peak memory beyond the inputs; {CONTROL}: torch measured twice; faults, kernel: page faults of a call "
-        f"and the kernel's share of its time\nbound: how many times faster without that share\nRows: {path}"
-    )
+    typer.echo(f"Rows: {pooling.run(chosen, rounds, output, name, budget_seconds)}")
 
 
 @app.command()

@@ -1,7 +1,6 @@
 """Block-sparse attention on a GPU: lists of blocks, made on the device when they are first needed and kept for the
 layers that follow."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 from hf_dilated.engine import flash_block_sparse
 from hf_dilated.engine.execute import HAS_TRITON, runs_fused
 from hf_dilated.engine.flash_block_sparse import Lists
+from hf_dilated.memory.bounded import bounded_cache
 from hf_dilated.patterns import BlockSparsePattern, Pattern
 from hf_dilated.patterns.block_sparse import check_mask
 from hf_dilated.patterns.documents import Documents, Integers
@@ -26,6 +26,7 @@ if HAS_TRITON:
 
 KEPT = 16
 LONGEST_LIST = 32  # query blocks that one program adds up for a key block
+TABLE_BYTES = 1 << 30
 
 
 class BlockSparse(NamedTuple):
@@ -85,7 +86,7 @@ class BlockSparse(NamedTuple):
         return fused_backward.backward(queries, keys, split, self.pattern.config.block_size, self.is_causal, *tensors)
 
 
-@lru_cache(maxsize=KEPT)
+@bounded_cache(TABLE_BYTES, KEPT)
 def flash_lists(
     pattern: BlockSparsePattern,
     documents: Documents,
@@ -104,7 +105,7 @@ def flash_lists(
     )
 
 
-@lru_cache(maxsize=KEPT)
+@bounded_cache(TABLE_BYTES, KEPT)
 def query_walk(
     pattern: BlockSparsePattern, documents: Documents, is_causal: bool, heads: int, device: torch.device
 ) -> "Walk":
@@ -125,7 +126,7 @@ def query_walk(
     return Walk(entries_there, lists, LONGEST_LIST, is_full)
 
 
-@lru_cache(maxsize=KEPT)
+@bounded_cache(TABLE_BYTES, KEPT)
 def key_walk(
     pattern: BlockSparsePattern,
     documents: Documents,
@@ -161,7 +162,7 @@ def key_walk(
     return walk, Split(split_there, int(used.sum()))
 
 
-@lru_cache(maxsize=KEPT)
+@bounded_cache(TABLE_BYTES, KEPT)
 def _places(pattern: BlockSparsePattern, documents: Documents, heads: int, device: torch.device) -> "Places":
     """Where the blocks lie among which tokens choose."""
     size, spans = pattern.config.block_size, _spans(documents)
@@ -176,7 +177,7 @@ def _places(pattern: BlockSparsePattern, documents: Documents, heads: int, devic
     return Places(entries_there, rows_there, shown)
 
 
-@lru_cache(maxsize=KEPT)
+@bounded_cache(TABLE_BYTES, KEPT)
 def _shown(
     pattern: BlockSparsePattern, blocks: int, is_causal: bool, heads: int, each: int, device: torch.device
 ) -> "Shown":

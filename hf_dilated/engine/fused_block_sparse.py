@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_dilated.engine.flash_block_sparse import Lists
+from hf_dilated.memory import BufferType, buffers
 
 FIELDS = 9
 LOG2E = 1.4426950408889634
@@ -193,9 +194,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attend: output (B, H, N, Dv), stored token by token, and LSE (B, H, N) in float32."""
     B, H, N, _ = q.shape
-    fresh = q.new_empty if walk.is_full else q.new_zeros
-    output = fresh((B, N, H, v.shape[3]))
-    lse = q.new_full((B, H, N), -torch.inf, dtype=torch.float32)
+    output = result_like(q, (B, N, H, v.shape[3]), is_written=walk.is_full)
+    lse = buffers.full(BufferType.OUTPUT, (B, H, N), -torch.inf, torch.float32, q.device)
     sizes = _sizes(FORWARD, q, v, size)
     entries = len(walk.entries) * triton.cdiv(size, sizes.rows)
     _forward_kernel[(entries * H,)](
@@ -204,6 +204,13 @@ def forward(
         FIELDS, walk.longest, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     return output.transpose(1, 2), lse
+
+
+def result_like(x: Tensor, shape: tuple[int, ...], *, is_written: bool) -> Tensor:
+    """Return a tensor for what a kernel writes: all of it, or the rest is 0."""
+    if is_written:
+        return buffers.empty(BufferType.OUTPUT, shape, x.dtype, x.device)
+    return buffers.full(BufferType.OUTPUT, shape, 0.0, x.dtype, x.device)
 
 
 # Measured on an H200 (32 / 8 heads of 128, bfloat16); larger heads and float32 have less room.

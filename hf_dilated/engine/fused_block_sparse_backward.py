@@ -24,7 +24,9 @@ from hf_dilated.engine.fused_block_sparse import (
     _strides,
     _walked,
     _widths,
+    result_like,
 )
+from hf_dilated.memory import BufferType, buffers
 
 # Measured as those of the forward pass.
 QUERY = Sizes(128, 32, 4, 3), Sizes(32, 32, 4, 1)
@@ -260,9 +262,9 @@ def backward(
     """Gradients of :func:`forward` by query, key and value; ``output`` and ``lse`` are what it returned."""
     B, H, N, D = q.shape
     G, M, DV = v.shape[1:]
-    delta, lse = row_sums(grad, output, lse), lse.contiguous()
-    grad_q = (q.new_empty if queries.is_full else q.new_zeros)((B, N, H, D))
-    grad_k, grad_v = ((x.new_empty if keys.is_full else x.new_zeros)((B, M, G, x.shape[3])) for x in (k, v))
+    delta, lse = row_sums(grad, output, lse), buffers.contiguous(BufferType.TEMP, lse)
+    grad_q = result_like(q, (B, N, H, D), is_written=queries.is_full)
+    grad_k, grad_v = (result_like(x, (B, M, G, x.shape[3]), is_written=keys.is_full) for x in (k, v))
     strides = _strides(q, k, v, grad)
     scales = scale * LOG2E, scale
     sizes = _sizes(QUERY, q, v, size)
@@ -273,7 +275,8 @@ def backward(
         _precision(q), FIELDS, queries.longest, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     sizes = _sizes(KEY, q, v, size)
-    parts = [q.new_empty((split.slots, G, size, d), dtype=torch.float32) for d in (D, DV)]
+    shapes = [(split.slots, G, size, d) for d in (D, DV)]
+    parts = [buffers.empty(BufferType.TEMP, shape, torch.float32, q.device) for shape in shapes]
     entries = len(keys.entries) * keys.lists.whole.shape[1] * triton.cdiv(size, sizes.columns)
     _key_kernel[(entries * G,)](
         q, k, v, grad, lse, delta, grad_k, grad_v, *parts, *_walked(keys), *scales, len(keys.entries),
@@ -293,7 +296,7 @@ def backward(
 def row_sums(grad: Tensor, output: Tensor, lse: Tensor) -> Tensor:
     """Sums of gradient times output (B, H, N), like the LSE."""
     B, H, N, DV = output.shape
-    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    delta = buffers.empty(BufferType.TEMP, lse.shape, lse.dtype, lse.device)
     _delta_kernel[(triton.cdiv(B * N, 32) * H,)](
         grad, output, delta, B * N, N, H, *_strides(grad, output), DV, triton.next_power_of_2(DV), 32
     )

@@ -15,6 +15,7 @@ from hf_dilated.engine.fused_block_lists import FIELDS as PART_FIELDS
 from hf_dilated.engine.fused_block_lists import Shown, _seen
 from hf_dilated.engine.fused_block_sparse import LOG2E, _load, _precision, _strides, _widths
 from hf_dilated.engine.fused_block_sparse_backward import row_sums
+from hf_dilated.memory import BufferType, buffers
 
 FIELDS = 6
 LENGTHS = ["T", "U", "N", "M", "items", "tiles", "blocks", "count"]  # change with the length: one program serves all
@@ -296,7 +297,7 @@ def choose(places: Places, turns: int, size: int, q: Tensor, k: Tensor) -> Choic
     """Let every token choose up to ``turns`` blocks of ``size`` tokens."""
     (B, H, N, D), (G, M), U = q.shape, k.shape[1:3], len(places.entries)
     shown, width = places.shown, _widths(q, k)[2]
-    mean = torch.empty(G, U, D, dtype=torch.float32, device=q.device)
+    mean = buffers.empty(BufferType.TEMP, (G, U, D), torch.float32, q.device)
     _mean_kernel[(U * G,)](
         k, mean, places.entries, U, M, G, *_strides(k), size, min(32, triton.next_power_of_2(size)), D, width, FIELDS
     )
@@ -333,8 +334,8 @@ def add_forward(
     tiles = items // rows + U  # at most
     numbers = torch.arange(tiles, device=q.device).expand(G, -1).contiguous()
     blocks_of = torch.searchsorted(tile_starts[:, 1:].contiguous(), numbers, right=True)
-    part = q.new_empty((G, items, DV))
-    part_lse = lse.new_full((G, items), -torch.inf)
+    part = buffers.empty(BufferType.TEMP, (G, items, DV), q.dtype, q.device)
+    part_lse = buffers.full(BufferType.TEMP, (G, items), -torch.inf, lse.dtype, lse.device)
     _forward_kernel[(tiles * G,)](
         q, k, v, part, part_lse, places.entries, choice.order, choice.starts, tile_starts, blocks_of, scale * LOG2E,
         items, tiles, U, N, M, G, H // G, *_strides(q, k, v), size, rows, max(16, min(size, 64)), *_widths(q, v),
@@ -352,9 +353,9 @@ def add_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Add to gradients those of what tokens have chosen; ``output`` and ``lse`` are of everything that they saw."""
     (B, H, N, D), (G, M, DV), items = q.shape, v.shape[1:], choice.order.shape[1]
-    delta, lse = row_sums(grad, output, lse), lse.contiguous()
-    part = q.new_zeros((G, items, D))
-    grad_k, grad_v = (x.new_zeros((B, M, G, x.shape[3])) for x in (k, v))
+    delta, lse = row_sums(grad, output, lse), buffers.contiguous(BufferType.TEMP, lse)
+    part = buffers.full(BufferType.TEMP, (G, items, D), 0.0, q.dtype, q.device)
+    grad_k, grad_v = (buffers.full(BufferType.TEMP, (B, M, G, x.shape[3]), 0.0, x.dtype, x.device) for x in (k, v))
     is_large = max(D, DV) > 128 or q.element_size() > 2
     _backward_kernel[(len(places.entries) * G,)](
         q, k, v, grad, lse, delta, part, grad_k, grad_v, places.entries, choice.order, choice.starts, scale * LOG2E,

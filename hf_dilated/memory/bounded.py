@@ -19,7 +19,7 @@ class BoundedCache(Generic[T]):
     again when the next one does. The newest entry stays, however large.
 
     Args:
-        function: What is remembered; its arguments are hashable and given by position.
+        function: What is remembered; its arguments are hashable.
         limit: Bytes of arrays and tensors.
         most: Entries.
 
@@ -39,15 +39,16 @@ class BoundedCache(Generic[T]):
         self._entries: OrderedDict[Hashable, T] = OrderedDict()
         self._sizes: dict[Hashable, int] = {}
 
-    def __call__(self, *arguments: Hashable) -> T:
+    def __call__(self, *arguments: Hashable, **options: Hashable) -> T:
         """Return the result, computed or remembered."""
+        key = arguments, *options.items()
         with self._lock:
-            if arguments in self._entries:
-                self._entries.move_to_end(arguments)
-                return self._entries[arguments]
-        result = self._function(*arguments)
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+        result = self._function(*arguments, **options)
         with self._lock:
-            self._add(arguments, result)
+            self._add(key, result)
         return result
 
     @property
@@ -61,11 +62,11 @@ class BoundedCache(Generic[T]):
             self._entries.clear()
             self._sizes.clear()
 
-    def _add(self, arguments: Hashable, result: T) -> None:
+    def _add(self, key: Hashable, result: T) -> None:
         if self._sizes:
             latest = next(reversed(self._sizes))
             self._sizes[latest] = nbytes_of(self._entries[latest])
-        self._entries[arguments], self._sizes[arguments] = result, nbytes_of(result)
+        self._entries[key], self._sizes[key] = result, nbytes_of(result)
         while len(self._entries) > 1 and (len(self._entries) > self.most or self.nbytes > self.limit):
             oldest, _ = self._entries.popitem(last=False)
             del self._sizes[oldest]

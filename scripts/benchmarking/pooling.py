@@ -48,6 +48,10 @@ REPORT = {
 TURNS = 4  # lengths of one sample of the varying case
 SHORTEST_SAMPLE = 0.02  # seconds; shorter calls are repeated within a sample
 LEAST_ROUNDS = 3
+CAPTION = (
+    f"extra: peak memory beyond the inputs; {CONTROL}: torch measured twice; faults, kernel: page faults of a call and the "
+    "kernel's share of its time; bound: how many times faster without that share"
+)
 
 
 @dataclass(frozen=True)
@@ -309,7 +313,7 @@ def run(chosen: list[Job], rounds: int, output: Path, name: str, budget_seconds:
     path.unlink(missing_ok=True)
     deadline = time.monotonic() + budget_seconds
     columns = "case", "length", "variant", "ms", "× torch [95 %]", "extra MiB", "faults", "kernel", "bound", "report"
-    table = Table(*columns)
+    table = Table(*columns, caption=CAPTION)
     fewest = min(job.heads for job in chosen)
     for number, job in enumerate(chosen):
         left = deadline - time.monotonic()
