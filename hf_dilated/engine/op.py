@@ -143,9 +143,7 @@ def with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor | None) -> tuple[
         return output, lse
     total = torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None])
     share = (lse - total).exp().unsqueeze(-1)
-    stored = output.transpose(1, 2)
-    scaled = buffers.empty(BufferType.OUTPUT, stored.shape, lse.dtype, output.device).transpose(1, 2)
-    return buffers.converted(BufferType.OUTPUT, torch.mul(output, share, out=scaled), output.dtype), total
+    return buffers.scaled(BufferType.OUTPUT, output, share), total
 
 
 def sink_gradient(sink_logits: Tensor, grad: Tensor, output: Tensor, lse: Tensor) -> Tensor:

@@ -297,6 +297,15 @@ def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def scaled(kind: BufferType, x: Tensor, factor: Tensor) -> Tensor:
+    """Return x (B, H, N, D), stored token by token, times a factor in a dtype at least as wide; in the dtype of x."""
+    if _in_use.manager is None or _needs_gradient(x, factor):
+        return (x * factor).to(x.dtype)
+    stored = x.transpose(1, 2)
+    product = empty(kind, stored.shape, factor.dtype, x.device).transpose(1, 2)
+    return converted(kind, torch.mul(x, factor, out=product), x.dtype)
+
+
 def gathered(x: Tensor, index: tuple[Tensor, ...]) -> Tensor:
     """Return ``x[index]`` as scratch."""
     if _in_use.manager is None:

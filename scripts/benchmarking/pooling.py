@@ -49,8 +49,8 @@ TURNS = 4  # lengths of one sample of the varying case
 SHORTEST_SAMPLE = 0.02  # seconds; shorter calls are repeated within a sample
 LEAST_ROUNDS = 3
 CAPTION = (
-    f"extra: peak memory beyond the inputs; {CONTROL}: torch measured twice; faults, kernel: page faults of a call and the "
-    "kernel's share of its time; bound: how many times faster without that share"
+    f"extra: peak memory beyond the inputs; {CONTROL}: torch measured twice; faults, kernel: page faults of a call and "
+    "the kernel's share of the processors' time; bound: how many times faster without that share"
 )
 
 
@@ -71,8 +71,7 @@ CPU_VARIANTS = (
     Variant("levers", levers=True),
     Variant("levers + full", "full", levers=True),
 )
-FEW_VARIANTS = tuple(v for v in CPU_VARIANTS if v.name in ("torch", CONTROL, "full", "levers"))
-CUDA_VARIANTS = (Variant("torch"), Variant(CONTROL), Variant("full", "full"))
+FEW_VARIANTS = (Variant("torch"), Variant(CONTROL), Variant("full", "full"))
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,7 @@ class Job:
 
     def variants(self, fewest_heads: int) -> tuple[Variant, ...]:
         """Where it takes its memory from, one after the other."""
-        if self.device == "cuda":
-            return CUDA_VARIANTS
-        return CPU_VARIANTS if self.heads == fewest_heads else FEW_VARIANTS
+        return CPU_VARIANTS if self.device == "cpu" and self.heads == fewest_heads else FEW_VARIANTS
 
 
 def jobs(device: str, lengths: list[int], sizes: list[int], heads: list[int], head_dim: int, dtype: str) -> list[Job]:
@@ -187,9 +184,10 @@ def _attention(job: Job, length: int, spec: str) -> Callable[..., Any]:
 
 
 class Sample(NamedTuple):
-    """What one call took: seconds, the kernel's part of them over all threads, and page faults."""
+    """What one call took: seconds, those of the processors for the program and for the kernel, and page faults."""
 
     seconds: float
+    user: float
     system: float
     faults: float
 
@@ -209,10 +207,14 @@ class Measured(NamedTuple):
         """Return the median of a field of the samples."""
         return statistics.median(getattr(sample, field) for sample in self.samples)
 
+    def kernel_share(self) -> float:
+        """Return the kernel's part of the processors' time, which other programs hardly disturb."""
+        system = sum(sample.system for sample in self.samples)
+        return system / max(system + sum(sample.user for sample in self.samples), 1e-9)
+
     def bound(self) -> float:
         """Return how many times faster it would be if the kernel did nothing for it."""
-        seconds = self.median("seconds")
-        return seconds / max(seconds - self.median("system"), seconds / 100)
+        return 1 / max(1 - self.kernel_share(), 0.01)
 
 
 def _sample(call: Call, repeats: int) -> Sample:
@@ -220,8 +222,8 @@ def _sample(call: Call, repeats: int) -> Sample:
     for _ in range(repeats):
         call()
     seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
-    system, faults = after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt
-    return Sample(seconds / repeats, system / repeats, faults / repeats)
+    used = (getattr(after, name) - getattr(before, name) for name in ("ru_utime", "ru_stime", "ru_minflt"))
+    return Sample(seconds / repeats, *(amount / repeats for amount in used))
 
 
 def _work(connection: Connection, job: Job, variant: Variant) -> None:
@@ -233,8 +235,9 @@ def _work(connection: Connection, job: Job, variant: Variant) -> None:
     connection.recv()
     call = prepare(job, variant)
     before = _mark(job.device)
-    call()
-    repeats = max(1, int(SHORTEST_SAMPLE / _sample(call, 1).seconds))
+    repeats = 1
+    if _sample(call, 1).seconds < SHORTEST_SAMPLE:
+        repeats = max(1, int(SHORTEST_SAMPLE / _sample(call, 1).seconds))
     connection.send(None)
     while connection.recv():
         connection.send(_sample(call, repeats))
@@ -261,8 +264,8 @@ def _peak(device: str) -> int:
 
 @contextmanager
 def _processes(job: Job, variants: tuple[Variant, ...]) -> Iterator[dict[str, Connection]]:
-    context = multiprocessing.get_context("forkserver")  # fresh processes that need not import torch again
-    context.set_forkserver_preload(["torch", "hf_dilated"])
+    context: Any = multiprocessing.get_context("spawn" if job.device == "cuda" else "forkserver")
+    multiprocessing.set_forkserver_preload(["torch", "hf_dilated"])  # fresh processes that need not import them again
     started, ends = [], {}
     try:
         for variant in variants:
@@ -325,7 +328,7 @@ def run(chosen: list[Job], rounds: int, output: Path, name: str, budget_seconds:
             for variant, measured in found.items():
                 row: dict[str, Any] = {"kind": "memory", "variant": variant, "mode": job.mode, "length": job.length}
                 row |= {"median": measured.median("seconds"), "seconds": measured.seconds}
-                row |= {"system_seconds": [sample.system for sample in measured.samples]}
+                row |= {name: [getattr(sample, name) for sample in measured.samples] for name in ("user", "system")}
                 row |= {"page_faults": measured.median("faults"), "peak_bytes": measured.peak}
                 file.write(json.dumps(row | {"case": asdict(job), "machine": machine}) + "\n")
         _add(table, job, found)
@@ -346,7 +349,7 @@ def _add(table: Table, job: Job, found: dict[str, Measured]) -> None:
             "1" if first else f"{value:.3f} \\[{low:.3f}, {high:.3f}]",
             "-" if measured.peak is None else f"{measured.peak / (1 << 20):,.0f}",
             f"{measured.median('faults'):,.0f}",
-            f"{measured.median('system') / measured.median('seconds'):.1%}",
+            f"{measured.kernel_share():.1%}",
             f"{measured.bound():.3f}" if first else "",
             REPORT.get((job.case, job.length), "") if variant == "full" else "",
             end_section=variant == list(found)[-1],

@@ -105,6 +105,37 @@ def test_without_a_manager_it_is_torch() -> None:
     assert torch.equal(pooled, buffers.gathered(x, index))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_taken_from_a_pool_is_what_torch_makes(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 5, 3, 4).to(dtype).transpose(1, 2)
+    index = torch.randint(0, 5, (2, 3, 5, 4))
+    calls = (
+        lambda: buffers.contiguous(BufferType.TEMP, x),
+        lambda: buffers.joined(BufferType.CACHE, [x, x[:, :, :2]], 2),
+        lambda: buffers.chosen(BufferType.CACHE, x, 2, index),
+        lambda: buffers.scaled(BufferType.OUTPUT, x, torch.linspace(0, 1, 5)[:, None]),
+        lambda: buffers.converted(BufferType.OUTPUT, x, torch.float64),
+    )
+    own = auto_configure_memory_pool(8192, smallest=1, budget=66 << 20).spec
+    pool = buffers.manager_of(own).pool()
+    for call in calls:
+        before = pool.stats()["hits"] + pool.stats()["misses"]
+        with buffers.using(own):
+            pooled = call()
+            assert pool.stats()["hits"] + pool.stats()["misses"] > before
+        assert pooled.dtype == call().dtype
+        assert torch.equal(pooled, call())
+
+
+def test_what_autograd_has_to_see_is_torchs_own() -> None:
+    x = torch.randn(2, 3, 5, 4, requires_grad=True)
+    with buffers.using(auto_configure_memory_pool(8192, smallest=1).spec):
+        joined = buffers.joined(BufferType.CACHE, [x, x], 2)
+        chosen = buffers.chosen(BufferType.CACHE, joined, 2, torch.zeros(2, 3, 1, 4, dtype=torch.long))
+        buffers.scaled(BufferType.OUTPUT, chosen, torch.ones(1)).sum().backward()
+    assert x.grad.sum() == 24
+
+
 def test_a_plan_is_there_before_the_run() -> None:
     own = manager(smallest=1, budget=64 << 20)
     sizes = [3 << 20, 3 << 20, 1 << 20]
