@@ -8,13 +8,13 @@ two ranks whose tokens are scattered over many runs one large piece travels inst
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from hf_dilated.distributed.communication import Piece, Route
-from hf_dilated.distributed.shares import KEPT, Problem, levels_of, pair_levels, plan_for
+from hf_dilated.distributed.shares import KEPT, KEPT_BYTES, Problem, levels_of, pair_levels, plan_for
 from hf_dilated.engine.plan import Call, Plan, Selection
+from hf_dilated.memory.bounded import bounded_cache
 from hf_dilated.patterns.documents import Integers
 from hf_dilated.patterns.shards import Shard, between
 
@@ -39,7 +39,7 @@ class Trade:
     home: Route
 
 
-@lru_cache(maxsize=8 * KEPT)
+@bounded_cache(KEPT_BYTES, 8 * KEPT)
 def trade_of(problem: Problem, rank: int, group: Group) -> Trade:
     """Describe what a rank exchanges with the ranks at some distances from it."""
     ranks, T = problem.layout.ranks, problem.tokens
@@ -68,7 +68,7 @@ def _turned(piece: Piece, tokens: int, group: Group, distance: int) -> Piece:
     return Piece(piece.rank, held=piece.place, place=layer * tokens + piece.held, count=piece.count)
 
 
-@lru_cache(maxsize=64 * KEPT)
+@bounded_cache(KEPT_BYTES, 64 * KEPT)
 def _receives(problem: Problem, rank: int, group: Group) -> tuple[Piece, ...]:
     """The pieces that a rank asks of a group, in the order in which they arrive."""
     ranks = problem.layout.ranks
