@@ -24,10 +24,11 @@ from tests.tiny_checkpoint import save_tiny_checkpoint
 PATTERN = DilatedConfig(segment_lengths=(8, 32), dilation_rates=(1, 2))
 IDS = torch.arange(1, 41)[None]
 ELSEWHERE = """
-    import sys
-    sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
-    import importlib.util, torch, transformers
+    import importlib.util, sys
     from pathlib import Path
+    sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+    sys.path = [path for path in sys.path if not (Path(path) / "hf_dilated").is_dir()]
+    import torch, transformers
     assert importlib.util.find_spec("hf_dilated") is None
 
     folder = Path(sys.argv[1])
