@@ -164,8 +164,9 @@ def show(groups: Sequence[Group], blocks: int, is_causal: bool, device: torch.de
     masks = [_words(group.parts) for group in groups]
     offsets = np.cumsum([0, *(len(mask) for mask in masks)])
     fields = [_fields(group.parts, offset) for group, offset in zip(groups, offsets, strict=False)]
-    turns = torch.tensor([[[turn_of(t, group.stream) for t in range(most)]] for group in groups], dtype=torch.long)
-    numbers = random_number(torch.arange(blocks)[:, None], turns).numpy()  # (h, blocks, most)
+    turns = np.array([[[turn_of(t, group.stream) for t in range(most)]] for group in groups], dtype=np.int64)
+    row = torch.from_numpy(np.arange(blocks))[:, None]
+    numbers = random_number(row, torch.from_numpy(turns)).numpy()  # (h, blocks, most)
     parts, words, random = to_device(device, np.array(fields), np.concatenate(masks), numbers)
     drawn = torch.empty(len(groups), blocks, most, dtype=torch.int32, device=device)
     shown = Shown(tuple(groups), blocks, is_causal, parts, words, drawn)

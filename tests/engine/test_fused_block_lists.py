@@ -94,7 +94,7 @@ def test_what_lists_cost(monkeypatch):
     for length in (500, 100_000):
         documents = Documents.whole_rows(1, length, length)
         for by_key, transfers, kernels in ((False, 2, 2), (False, 0, 0), (True, 1, 1), (True, 0, 0)):
-            with Operators() as operators:
+            with Operators() as operators, torch.device("meta"):
                 block_sparse.flash_lists(pattern, documents, True, 4, torch.device("meta"), by_key=by_key)
             assert operators.found == ["_to_copy.default"] * transfers
             assert len(launches) == kernels
