@@ -23,7 +23,8 @@ class RingConfig:
     Args:
         layout: Which tokens a rank holds. ``"zigzag"`` gives it an early and a late piece of every long document, so
             that causal work balances; ``"contiguous"`` gives it neighbours, which suits patterns that see mostly near
-            tokens. ``"auto"`` takes zigzag for dense causal attention, contiguous otherwise, as the last batch has shown.
+            tokens. ``"auto"`` takes zigzag for dense causal attention, contiguous otherwise, as the last batch has
+            shown.
         transport: How keys and values travel. ``"gather"``: all at once to every rank. ``"exchange"``: shard by shard,
             the next one while one is computed with. ``"symmetric"``: as gather or exchange, pulled by the copy engines
             of the GPUs of one host. ``"heads"``: tokens for heads, so that a rank attends with some
