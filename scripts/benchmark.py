@@ -14,28 +14,25 @@
 No time is reported while a variant disagrees with the float64 oracle.
 """
 
-import re
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
-from benchmarking import parity, pooling, report
-from benchmarking.cases import Case, blocks_for, branches_for, describe_machine
+from benchmarking import pooling
+from benchmarking.cases import Case, blocks_for, branches_for
+from benchmarking.comparison import compare, start
 from benchmarking.recompilations import count_recompilations
 from benchmarking.ring import RingCase
 from benchmarking.ring_run import run_ring
 from benchmarking.ring_traffic import run_traffic
-from benchmarking.runner import Run, measure
 from benchmarking.soak import soak as run_soak
-from benchmarking.variants import CONTROL, Choice, variants
+from benchmarking.variants import Choice
 
 from hf_dilated.config import Offset, Overlap
 from hf_dilated.config.memory import MemoryMode
-from hf_dilated.timing import little_garbage, parse_lengths
+from hf_dilated.timing import parse_lengths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 
@@ -108,8 +105,8 @@ def attention(
         peer_offset=peer_offset,
     )
     modes = ["forward", "forward+backward"] if backward else ["forward"]
-    run = _start("attention", device, pattern, choice, rounds, budget_seconds, output, name, memory=memory)
-    _run(run, cases, modes, fastest=False)
+    run = start("attention", device, pattern, choice, rounds, budget_seconds, output, name, memory=memory)
+    compare(run, cases, modes, fastest=False)
 
 
 @app.command(name="block_sparse")
@@ -147,11 +144,11 @@ def block_sparse(
         dense_up_to=dense_up_to,
     )
     modes = ["forward", "forward+backward"] if backward else ["forward"]
-    run = _start("block sparse", device, "", choice, rounds, budget_seconds, output, name, memory=memory)
+    run = start("block sparse", device, "", choice, rounds, budget_seconds, output, name, memory=memory)
     if changing:
         count_recompilations(run, cases[0], typer.echo)
     else:
-        _run(run, cases, modes, fastest=False)
+        compare(run, cases, modes, fastest=False)
 
 
 @app.command()
@@ -172,8 +169,8 @@ def bigbird(
     if wrong := [case.length for case in cases if case.length % 64 or case.length <= 704]:
         raise typer.BadParameter(f"{wrong[0]} tokens are no whole blocks of 64, or no more than 11 of them")
     choice = Choice(overlaps=(), dense_up_to=cases[-1].length)
-    run = _start("bigbird", device, "", choice, rounds, budget_seconds, output, name, memory=False)
-    _run(run, cases, ["forward", "forward+backward"], fastest=False)
+    run = start("bigbird", device, "", choice, rounds, budget_seconds, output, name, memory=False)
+    compare(run, cases, ["forward", "forward+backward"], fastest=False)
 
 
 @app.command()
@@ -196,8 +193,8 @@ def decode(
     cases = _cases(device, lengths, heads, kv_heads, head_dim, dtype, batch, pattern, OVERLAPS[overlap], decode=True)
     choice = Choice(overlaps=OVERLAPS[overlap], dense_up_to=cases[-1].length)
     modes = ["eager", "graph"] if device == "cuda" else ["eager"]
-    run = _start("decode", device, pattern, choice, rounds, budget_seconds, output, name, memory=False)
-    _run(run, cases, modes, fastest=True)
+    run = start("decode", device, pattern, choice, rounds, budget_seconds, output, name, memory=False)
+    compare(run, cases, modes, fastest=True)
 
 
 @app.command()
@@ -346,76 +343,6 @@ def _cases(
 def _check_device(device: Device) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device is available; run with --device cpu", param_hint="--device")
-
-
-def _start(
-    kind: str,
-    device: Device,
-    pattern: str,
-    choice: Choice,
-    rounds: int,
-    budget_seconds: float,
-    output: Path,
-    name: str,
-    *,
-    memory: bool,
-) -> Run:
-    machine = describe_machine(device)
-    output.mkdir(parents=True, exist_ok=True)
-    words = [kind, machine["device"], pattern]
-    path = output / f"{name or re.sub(r'[^a-z0-9]+', '-', ' '.join(words).lower()).strip('-')}.jsonl"
-    path.unlink(missing_ok=True)
-    return Run(
-        kind=kind,
-        machine=machine,
-        path=path,
-        rounds=rounds,
-        deadline=time.monotonic() + budget_seconds,
-        choice=choice,
-        memory=memory,
-    )
-
-
-def _run(run: Run, cases: Sequence[Case], modes: Sequence[str], *, fastest: bool) -> None:
-    with little_garbage():
-        _check_parity(run, cases[-1], gradients="forward+backward" in modes)
-        for case in cases:
-            typer.echo(f"{case.length:,} tokens, {run.left():.0f} s left", err=True)
-            measure(run, case, modes)
-    case, machine = cases[-1], run.machine
-    title = (
-        f"{run.kind}, {machine['device']} ({machine['cores']} cores), torch {machine['torch']}, {case.dtype}, "
-        f"batch {case.batch}, {case.heads}/{case.kv_heads} heads of {case.head_dim}"
-    )
-    report.plot(run.rows, run.path.with_suffix(".png"), title)
-    for reason in dict.fromkeys(_reasons(run)):
-        typer.echo(reason)
-    report.print_table(run.rows, title, fastest=fastest)
-    typer.echo(
-        f"~ extrapolated; [95 % interval];{CONTROL}: the control, the same thing measured twice\n"
-        "extra / q: peak memory of the forward call beyond inputs and output, in sizes of q\n"
-        f"Rows and plot: {run.path.with_suffix('')}.*"
-    )
-
-
-def _check_parity(run: Run, case: Case, *, gradients: bool) -> None:
-    small = parity.small_case(case)
-    typer.echo(f"checking every variant against the oracle at {small.length:,} tokens", err=True)
-    choice = replace(run.choice, flex_up_to=max(run.choice.flex_up_to, small.length))
-    wrong, missing = parity.failures(small, variants(small, choice), gradients=gradients)
-    for line in missing:
-        typer.echo(f"not available: {line}", err=True)
-    if wrong:
-        typer.echo("No times are reported, because results are wrong:\n  " + "\n  ".join(wrong), err=True)
-        raise typer.Exit(1)
-
-
-def _reasons(run: Run) -> list[str]:
-    return [
-        f"{row['length']:,} {row['variant']}, {row['mode']}: {row['status']}, {row['reason']}"
-        for row in run.rows
-        if row["status"] not in ("measured", "extrapolated")
-    ]
 
 
 if __name__ == "__main__":
