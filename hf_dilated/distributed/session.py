@@ -28,6 +28,7 @@ MISFIT: dict[Kind, str] = {
     "contiguous": 'layout="zigzag", but all layers follow patterns or windows: tokens travel that neighbours would '
     'have; use "auto" or "contiguous"',
 }
+STARTED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # how many processes there are
 EMPTY: dict[str, float] = {"labels": IGNORED, "shift_labels": IGNORED}
 
 
@@ -180,12 +181,13 @@ def sequence_parallel(
         ...     loss = sp.loss(model(**shard).logits, shard["shift_labels"])
     """
     config = config or RingConfig()
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1 and mesh_or_group is None:
+    if not dist.is_initialized():
+        if mesh_or_group is not None or (started := _processes()) > 1:
+            many = "" if mesh_or_group is not None else f", for {started} processes were started"
+            raise ValueError(f"sequence_parallel: call torch.distributed.init_process_group first{many}")
         with _open(SequenceParallel(Wire.alone(), config)) as session:
             yield session
         return
-    if not dist.is_initialized():
-        raise ValueError("sequence_parallel: call torch.distributed.init_process_group first")
     if isinstance(mesh_or_group, DeviceMesh):
         if mesh_or_group.ndim != 1:
             raise ValueError(f"mesh_or_group: expected one dimension, got {mesh_or_group.mesh_dim_names}; pick one")
@@ -195,6 +197,11 @@ def sequence_parallel(
         wire = Wire(group, watch.wire.rank, watch.wire.ranks, watch.finish)
         with _open(SequenceParallel(wire, config, watch)) as session:
             yield session
+
+
+def _processes() -> int:
+    """How many processes torchrun, Slurm or MPI has started."""
+    return max(int(os.environ.get(name, "1")) for name in STARTED)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A transport yields *portions*: keys and values that have arrived, and the plan that attends to them. What comes next is
 on its way while a portion is computed with. Gradients travel in the dtype of the keys; what comes from several ranks is
-added in one order.
+added in one order, rows that a pattern sees (on a GPU) under ``torch.use_deterministic_algorithms(True)``.
 """
 
 from collections.abc import Iterator

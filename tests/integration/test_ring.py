@@ -202,9 +202,10 @@ def test_a_process_alone_runs_the_same_program(backend: str) -> None:
         torch.testing.assert_close(found, expected_gradients, rtol=0, atol=1e-7)
 
 
-def test_processes_without_a_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="init_process_group"), sequence_parallel():
+@pytest.mark.parametrize("launcher", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_without_a_group_are_refused(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    monkeypatch.setenv(launcher, "2")
+    with pytest.raises(ValueError, match="init_process_group first, for 2 processes"), sequence_parallel():
         pass
 
 
