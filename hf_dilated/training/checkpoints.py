@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 if TYPE_CHECKING:
@@ -45,7 +44,12 @@ class CompleteCheckpointsMixin(Base):
         self.accelerator.wait_for_everyone()
 
 
-class RowsPerStep(TrainerCallback, ExportableState):
+# Not the name of the class: under that ``Trainer`` may put what the checkpoint holds in place of the callback, which
+# would then be compared with itself.
+ROWS_PER_STEP = "rows a step"
+
+
+class RowsPerStep(TrainerCallback):
     """Refuses to go on from a checkpoint with another number of rows a step: the stream would go on elsewhere.
 
     Args:
@@ -58,13 +62,9 @@ class RowsPerStep(TrainerCallback, ExportableState):
     def __init__(self, rows: int) -> None:
         self.rows = rows
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"args": {"rows": self.rows}, "attributes": {}}
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        """Compare with the checkpoint."""
-        before = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["args"]["rows"]
+        """Compare with the checkpoint, or write the number down for the next one."""
+        before = state.stateful_callbacks.setdefault(ROWS_PER_STEP, self.rows)
         if before != self.rows:
             raise ValueError(
                 f"rows a step: {before} until this checkpoint, {self.rows} from now on, and the stream would go on at "

@@ -106,8 +106,9 @@ def test_of_two_processes_one_is_killed_and_one_goes_on(base: Path, uninterrupte
     assert "Error" in survivor
     assert killed == -signal.SIGKILL
     assert not (tmp_path / "model.safetensors").exists()
-    with pytest.raises(ValueError, match="rows a step: 2 until this checkpoint, 1 from now on"):
-        run(base, tmp_path, **two)
+    for restores in (False, True):
+        with pytest.raises(ValueError, match="rows a step: 2 until this checkpoint, 1 from now on"):
+            run(base, tmp_path, **two, restore_callback_states_from_checkpoint=restores)
     run(base, tmp_path, **RESUMABLE)
     assert_close(tmp_path, uninterrupted)
 
