@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -38,6 +39,10 @@ weights stored in bfloat16. `training.jsonl` is the log.
   {{ "{:,}".format(training_tokens) }} tokens for training ({{ "%.1f"|format(epochs) }} epochs), and
   {{ "{:,}".format(held_out_files) }} files with {{ "{:,}".format(held_out_tokens) }} tokens held out. A file is held
   out when a hash of its relative path says so (`is_held_out`).
+{% if lesson_share %}- Lessons: {{ "%.0f"|format(100 * lesson_share) }} % of the training tokens are made documents that
+  state facts between lines of the training files and ask for them (`hf_dilated.tasks.lesson`). The epochs count the
+  text alone.
+{% endif -%}
 - Documents are packed into rows of {{ "{:,}".format(length) }} tokens; attention does not cross from one document to
   the next.
 - Architecture: {{ layers }} layers, hidden size {{ hidden }}, 8 query and 4 key-value heads, RoPE, tied embeddings,
@@ -60,6 +65,8 @@ Held-out files, {{ held_out_rows }} rows of {{ "{:,}".format(length) }} tokens, 
 
 - Made for {{ "{:,}".format(length) }} tokens. Beyond them it reads only as well as
   {% if long_documents %}measured above{% else %}`scripts/quickstart.py` measures{% endif %}.
+{% if lesson_share %}- What it finds of facts, such as pass keys, is a trained skill: the lessons practise it.
+{% endif -%}
 - Knows the standard library's style and little else; what it writes is often wrong and never checked.
 - Some held-out files have near relatives among the training files (a module and its tests), as in any library.
 
@@ -70,13 +77,19 @@ part of this folder.
 """
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return how the short model in this folder was trained and measured."""
+    summary: dict[str, Any] = json.loads((folder / "training.jsonl").read_text("utf-8").splitlines()[-1])["summary"]
+    return summary
+
+
 def write_card(folder: Path, report: Path | None = None) -> None:
     """Write ``README.md`` from the summary in ``training.jsonl`` and the ``report.md`` of the quickstart."""
-    summary = json.loads((folder / "training.jsonl").read_text().splitlines()[-1])["summary"]
     data = ModelCardData(
         language="code", license="apache-2.0", library_name="transformers", pipeline_tag="text-generation",
         tags=["hf_dilated", "python"],
     )  # fmt: skip
     long_documents = report.read_text().strip() if report else ""
-    card = ModelCard.from_template(data, template_str=CARD, name=folder.name, long_documents=long_documents, **summary)
+    values = {"name": folder.name, "long_documents": long_documents, **read_summary(folder)}
+    card = ModelCard.from_template(data, template_str=CARD, **values)
     card.save(folder / "README.md")

@@ -143,7 +143,20 @@ def test_the_card_says_what_was_measured(trained, tmp_path):
     assert "PSF licence" in card
     assert f"{summary['held_out_loss']:.3f} nats a token" in card
     assert f"{summary['bits_per_byte']:.3f} bits a byte" in card
+    assert "- Lessons: 20 % of the training tokens are made documents" in card
+    assert "is a trained skill: the lessons practise it." in card
     report = tmp_path / "report.md"
     report.write_text("## Long documents\n\nmeasured\n")
     train_base.write_card(trained, report)
     assert "## Long documents\n\nmeasured\n\n## Limits" in (trained / "README.md").read_text()
+
+
+def test_the_card_of_a_model_without_lessons_does_not_mention_them(trained, tmp_path):
+    *rows, last = (trained / "training.jsonl").read_text().splitlines()
+    summary = {name: value for name, value in json.loads(last)["summary"].items() if name != "lesson_share"}
+    (tmp_path / "training.jsonl").write_text("\n".join([*rows, json.dumps({"summary": summary})]))
+    train_base.write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "lesson" not in card.lower()
+    assert "(`is_held_out`).\n- Documents are packed" in card
+    assert "measures.\n- Knows the standard library" in card
