@@ -34,12 +34,13 @@ from training.recipe import (
     ROWS,
     SHIPPED,
     STEPS,
+    check_one_gpu,
     curriculum,
     training_options,
     training_seconds,
 )
 from training.results import summary
-from training.steps import Step, save, take
+from training.steps import Step, check, made_with, save, take
 from training.variants import DENSE, Variant, variants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import logging
@@ -75,6 +76,23 @@ class Setting:
     def curriculum(self) -> str:
         """Longest documents, and their shares of the steps."""
         return curriculum(self.trained, self.max_length)
+
+    def training(self, output: Path) -> TrainingArguments:
+        """Return the options of a training."""
+        return TrainingArguments(
+            output_dir=str(output),
+            **training_options(
+                steps=self.steps,
+                rows=self.rows,
+                learning_rate=self.learning_rate,
+                device=self.device,
+                seed=self.seed,
+            ),
+            save_strategy="no",
+            save_total_limit=1,
+            report_to=[],
+            disable_tqdm=True,
+        )
 
 
 class Sources:
@@ -140,11 +158,15 @@ class Trial:
 
     @property
     def is_finished(self) -> bool:
-        return all(self.part(name).exists() for name in PARTS)
+        return self.made_with().keys() == set(PARTS)
+
+    def made_with(self) -> dict[str, Any]:
+        """Return the options of what is finished, by step."""
+        return made_with(self.steps(), self.folder)
 
     def steps(self) -> list[Step]:
         """Return what is to be done, in order."""
-        options = asdict(self.setting) | {"device": self.setting.device, "pattern": self.variant.pattern}
+        options = asdict(self.setting) | {"pattern": self.variant.pattern}
         makers = {"cost": self.price, "before": self.look_before, "log": self.tune, "after": self.look_after}
         return [
             Step(
@@ -218,20 +240,7 @@ class Trial:
         """Train, store the model, and keep the log."""
         setting = self.setting
         set_seed(setting.seed)
-        arguments = TrainingArguments(
-            output_dir=str(self.folder / "training"),
-            **training_options(
-                steps=setting.steps,
-                rows=setting.rows,
-                learning_rate=setting.learning_rate,
-                device=setting.device,
-                seed=setting.seed,
-            ),
-            save_strategy="no",
-            save_total_limit=1,
-            report_to=[],
-            disable_tqdm=True,
-        )
+        arguments = setting.training(self.folder / "training")
         rows = make_rows(
             self.sources.epoch,
             arguments,
@@ -252,11 +261,12 @@ class Trial:
         save(self.part("log"), {"training_seconds": seconds, "log": log})
 
     def row(self) -> dict[str, Any]:
-        """Return everything about the variant."""
+        """Return everything about the variant, with the settings that it was made with."""
         parts = {name: json.loads(self.part(name).read_text("utf-8")) for name in PARTS}
-        log = parts.pop("log")
-        setting = asdict(self.setting) | {"curriculum": self.setting.curriculum}
-        return {"variant": self.name, "own": self.own, **asdict(self.variant), "setting": setting, **log, **parts}
+        log, options = parts.pop("log"), self.made_with()["log"]
+        variant = {"backend": self.variant.backend, "pattern": options.pop("pattern")}
+        setting = options | {"curriculum": curriculum(options["trained"], options["max_length"])}
+        return {"variant": self.name, "own": self.own, **variant, "setting": setting, **log, **parts}
 
 
 def write(trials: list[Trial], output: Path) -> None:
@@ -303,6 +313,13 @@ def main(
         Trial(name=name, variant=variant, setting=setting, sources=texts, output=output, deadline=deadline)
         for name, variant in known.items()
     ]
+    try:
+        check_one_gpu(setting.training(output))
+        for trial in trials:
+            check(trial.steps(), trial.folder)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
     try:
         for trial in trials:
             if not only or trial.name in only:

@@ -27,6 +27,7 @@ import train_base
 import train_long_context
 import typer
 from huggingface_hub import ModelCard
+from training.base_card import read_summary
 from training.deadline import EXIT_CODE, Deadline, OutOfTime
 from training.library import CHARACTERS_PER_TOKEN, joined
 from training.recipe import (
@@ -35,6 +36,7 @@ from training.recipe import (
     ROWS,
     SHIPPED,
     STEPS,
+    check_one_gpu,
     curriculum,
     training_options,
     training_seconds,
@@ -226,8 +228,7 @@ def parse_training(recipe: Recipe) -> tuple[Any, ...]:
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     kinds = (train_long_context.ModelArguments, train_long_context.DataArguments, TrainingArguments)
     parsed = HfArgumentParser(kinds).parse_args_into_dataclasses([*words, *recipe.training])
-    if parsed[-1].n_gpu > 1:
-        raise ValueError("device: several GPUs are visible and one is used; choose it with CUDA_VISIBLE_DEVICES")
+    check_one_gpu(parsed[-1])
     return parsed
 
 
@@ -242,6 +243,8 @@ def tune(recipe: Recipe, command: str, deadline: Deadline) -> None:
     last = log[-1]["step"] - (log[-2]["step"] if len(log) > 1 else 0)
     tokens = model.max_length * arguments.train_batch_size * arguments.gradient_accumulation_steps
     made = f"a model that this command trained for {recipe.base_steps:,} steps at {recipe.base_length:,} tokens"
+    if share := short_lessons(recipe):
+        made += f", {share:.0%} of them in made documents"
     training = {
         "command": command,
         **json.loads((recipe.texts / "texts.json").read_text("utf-8")),
@@ -267,6 +270,12 @@ def tune(recipe: Recipe, command: str, deadline: Deadline) -> None:
         },
     }
     save(recipe.tuned / "training.json", training)
+
+
+def short_lessons(recipe: Recipe) -> float:
+    """Return the share of made documents in what the short model has read, if it is one of ours."""
+    is_ours = recipe.train_base or recipe.model == str(SHIPPED)
+    return read_summary(Path(recipe.start)).get("lesson_share", 0.0) if is_ours else 0.0
 
 
 def store(recipe: Recipe) -> None:
@@ -296,11 +305,12 @@ def describe(recipe: Recipe) -> None:
         "The texts that were measured are held-out files laid end to end; some have near relatives in the training.",
     ]
     _, data, _ = parse_training(recipe)
-    if data.lesson_share:
-        limits.append(
-            f"{data.lesson_share:.0%} of the training tokens were made documents that practise the retrieval tasks: "
-            "what is found there is a trained skill."
-        )
+    for share, whose in ((data.lesson_share, "the"), (short_lessons(recipe), "the short model's")):
+        if share:
+            limits.append(
+                f"{share:.0%} of {whose} training tokens were made documents that practise the retrieval tasks: what "
+                "is found there is a trained skill."
+            )
     own_card = Path(recipe.start) / CARD
     write_card(
         recipe.result,

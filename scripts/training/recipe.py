@@ -4,6 +4,8 @@ from multiprocessing import get_start_method
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 SHIPPED = Path(__file__).resolve().parents[2] / "model_cards" / "pystdlib-4m"
 LESSON_SHARE = 0.3
 STEPS = 900
@@ -42,6 +44,16 @@ def training_options(*, steps: int, rows: int, learning_rate: float, device: str
         "logging_steps": max(1, steps // 20),
         "seed": seed,
     }
+
+
+def check_one_gpu(arguments: TrainingArguments) -> None:
+    """Refuse several visible GPUs: ``Trainer`` would give each of them the rows of a step.
+
+    Raises:
+        ValueError: Then.
+    """
+    if arguments.n_gpu > 1:
+        raise ValueError("device: several GPUs are visible and one is used; choose it with CUDA_VISIBLE_DEVICES")
 
 
 def training_seconds(log: list[dict[str, Any]], tokens_per_step: int) -> float:

@@ -40,14 +40,10 @@ def take(steps: Sequence[Step], output: Path) -> None:
         output: Folder of everything that they make, and of their stamps.
 
     Raises:
-        ValueError: Before anything is done, if the folder holds other things or a step had other options.
+        ValueError: Before anything is done, as :func:`check`.
     """
-    stamps = [output / STAMPS / f"{step.name}.json" for step in steps]
-    if output.exists() and not (output / STAMPS).is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output}: holds other things; choose a new folder with --output")
-    for step, stamp in zip(steps, stamps, strict=True):
-        if stamp.exists() and (step.resumes or _is_finished(stamp)):
-            _check_options(step, stamp)
+    check(steps, output)
+    stamps = [_stamp(step, output) for step in steps]
     for number, (step, stamp) in enumerate(zip(steps, stamps, strict=True), 1):
         title = f"== {number} of {len(steps)}: {step.name}"
         if _is_finished(stamp):
@@ -66,12 +62,36 @@ def take(steps: Sequence[Step], output: Path) -> None:
         typer.echo(f"{title}: {time.perf_counter() - started:.0f} s")
 
 
+def check(steps: Sequence[Step], output: Path) -> None:
+    """Check that the steps can be taken, without doing anything.
+
+    Raises:
+        ValueError: If the folder holds other things, or a step had other options.
+    """
+    if output.exists() and not (output / STAMPS).is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output}: holds other things; choose a new folder with --output")
+    for step in steps:
+        stamp = _stamp(step, output)
+        if stamp.exists() and (step.resumes or _is_finished(stamp)):
+            _check_options(step, stamp)
+
+
+def made_with(steps: Sequence[Step], output: Path) -> dict[str, dict[str, Any]]:
+    """Return the options of the steps that are finished, by name."""
+    stamps = {step.name: _stamp(step, output) for step in steps}
+    return {name: json.loads(path.read_text("utf-8"))["options"] for name, path in stamps.items() if _is_finished(path)}
+
+
 def save(path: Path, values: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
     unfinished.replace(path)
+
+
+def _stamp(step: Step, output: Path) -> Path:
+    return output / STAMPS / f"{step.name}.json"
 
 
 def _is_finished(stamp: Path) -> bool:

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from hf_dilated import BlockSparseConfig, DilatedConfig
+from hf_dilated.config.presets import Preset
 from tests.tiny_checkpoint import TEXT, save_tiny_checkpoint
 
 ablation = importlib.import_module("ablation")
@@ -94,7 +95,69 @@ def test_every_variant_is_a_pattern_of_its_own() -> None:
     assert list(variants.variants(config, 2 * config.max_position_embeddings)) == list(known)
 
 
-def test_unknown_names_and_other_settings_are_refused(folder: Path) -> None:
+@pytest.mark.filterwarnings("ignore:8 attention heads")
+def test_variants_do_not_follow_the_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.from_pretrained(ablation.SHIPPED)
+    before = variants.variants(config, 32768)
+    for name, options in (("dilated.DILATED", {"sink_tokens": 4}), ("block_sparse.BLOCK_SPARSE", {"topk_blocks": 8})):
+        monkeypatch.setattr(f"hf_dilated.config.{name}", Preset(dense_every=5, options=options))
+    assert variants.variants(config, 32768) == before
+
+
+def test_unknown_names_are_refused(folder: Path) -> None:
     result = run(folder, ["magic"])
     assert result.exit_code == 2
     assert "known are dense; window" in result.output.replace("\n", " ").replace("│", "").replace("  ", " ")
+
+
+@pytest.fixture
+def unmeasured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing is trained: every part is made up."""
+    parts: dict[str, dict[str, Any]] = {
+        "cost": {"operations": {"attention": 1, "dense attention": 1}, "seconds": 1, "dense_seconds": 1},
+        "log": {"training_seconds": 1, "log": []},
+    }
+    report = {"perplexity": [{"attention": "dense", "perplexity": 1.0}], "short": [], "retrieval": []}
+    for step, part in (("price", "cost"), ("look_before", "before"), ("tune", "log"), ("look_after", "after")):
+        made = parts.get(part, report)
+        monkeypatch.setattr(
+            ablation.Trial, step, lambda trial, part=part, made=made: ablation.save(trial.part(part), made)
+        )
+    return folder
+
+
+def steps_by_variant(folder: Path) -> dict[str, int]:
+    rows = map(json.loads, (folder / "out" / "ablation.jsonl").read_text().splitlines())
+    return {row["variant"]: row["setting"]["steps"] for row in rows}
+
+
+def test_other_settings_than_those_of_another_variant_are_refused(unmeasured: Path) -> None:
+    assert run(unmeasured, ["dense"]).exit_code == 0
+    before = {path: path.read_bytes() for path in (unmeasured / "out").rglob("*") if path.is_file()}
+    result = run(unmeasured, ["dilated"], steps=3)
+    assert result.exit_code == 1
+    assert "error: cost: steps was 2 and is 3; remove" in result.output
+    assert {path: path.read_bytes() for path in (unmeasured / "out").rglob("*") if path.is_file()} == before
+    assert run(unmeasured, ["dilated"]).exit_code == 0
+    assert steps_by_variant(unmeasured) == {"dense": 2, "dilated": 2}
+
+
+def test_rows_are_of_what_is_finished_with_the_settings_that_it_was_made_with(unmeasured: Path) -> None:
+    assert run(unmeasured, ["dense", "dilated"]).exit_code == 0
+    output = unmeasured / "out"
+    options = json.loads((output / "dense" / "steps" / "log.json").read_text())["options"]
+    variant = variants.Variant(backend="dilated", pattern=options.pop("pattern"))
+    shared = {"variant": variant, "setting": ablation.Setting(**options | {"steps": 900}), "output": output}
+    shared |= {"sources": None, "deadline": None}
+    trials = [ablation.Trial(name=name, **shared) for name in ("dense", "dilated")]
+    (output / "dilated" / "steps" / "after.json").unlink()  # as behind a step that was taken again
+    ablation.write(trials, output)
+    assert steps_by_variant(unmeasured) == {"dense": 2}
+
+
+def test_several_gpus_are_refused(unmeasured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
+    result = run(unmeasured, ["dense"])
+    assert result.exit_code == 1
+    assert "error: device: several GPUs are visible and one is used" in result.output
+    assert not (unmeasured / "out").exists()
