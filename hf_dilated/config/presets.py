@@ -12,7 +12,8 @@ class Preset:
     Args:
         dense_every: Of every so many layers, counted from the end, the last one stays dense; 0 for none.
         dense_first: Whether the first layer stays dense.
-        options: Further fields of the pattern's configuration.
+        options: Further fields of the pattern's configuration, other than those that follow from the length (segments
+            and rates; the window, for blocks of 128) and the ``layers`` of a block-sparse one.
 
     Example:
         >>> Preset(dense_every=4, dense_first=True, options={"sink_tokens": 4}).for_layers(12)

@@ -9,6 +9,7 @@ from hf_dilated.config.presets import Preset
 
 DENSE = "dense"
 BLOCKS_IN_A_WINDOW = 16  # 16 × 128 tokens reach as far as the shortest segment
+STRIDE = 16  # blocks
 CHOSEN_BLOCKS = 16  # of 64 or 128 tokens
 
 
@@ -27,14 +28,15 @@ class Variant:
 
 
 def variants(config: Any, length: int) -> dict[str, Variant]:
-    """Return all of them, the promising ones first.
+    """Return all of them, the promising ones first; they do not follow the presets that they are to decide.
 
     Args:
         config: Configuration of a model whose ``max_position_embeddings`` is the length that it was made for.
         length: Longest text afterwards, in tokens.
     """
     trained, layers = config.max_position_embeddings, config.num_hidden_layers
-    once = DilatedConfig.from_model_config(config, max_length=length)
+    branches = DilatedConfig.from_model_config(config, max_length=length)
+    once = DilatedConfig(segment_lengths=branches.segment_lengths, dilation_rates=branches.dilation_rates)
     last, ends = (Preset(dense_every=layers, dense_first=first).for_layers(layers) for first in (False, True))
     size = min(128, max(1, trained // BLOCKS_IN_A_WINDOW))
     near = BlockParts(local_blocks=trained // size + 1, global_blocks=1)
@@ -45,7 +47,7 @@ def variants(config: Any, length: int) -> dict[str, Variant]:
     chosen = BlockSparseConfig(
         block_size=small, local_blocks=trained // small + 1, global_blocks=1, topk_blocks=CHOSEN_BLOCKS
     )
-    strided = BlockSparseConfig.from_model_config(config, max_length=length)
+    strided = replace(window, local_blocks=max(1, trained // size), stride_blocks=STRIDE)
     wide = DilatedConfig(segment_lengths=(trained, min(4 * trained, length), length), dilation_rates=(1, 2, 4))
     patterns: dict[str, DilatedConfig | BlockSparseConfig] = {
         DENSE: DilatedConfig(segment_lengths=(length,), dilation_rates=(1,)),

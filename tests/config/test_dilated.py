@@ -130,12 +130,16 @@ def test_dense_length():
     assert DilatedConfig.longnet((8,), (2,)).dense_length() == 0
 
 
-@pytest.mark.parametrize(("module", "name", "config_class"), [
-    ("dilated", "DILATED", DilatedConfig), ("block_sparse", "BLOCK_SPARSE", BlockSparseConfig),
+DILATED_OPTIONS = {"overlap": "count", "offset": "kv_head", "sink_tokens": 4, "phase": "alternate", "rotate": True}
+
+
+@pytest.mark.parametrize(("module", "name", "config_class", "options"), [
+    ("dilated", "DILATED", DilatedConfig, DILATED_OPTIONS),
+    ("block_sparse", "BLOCK_SPARSE", BlockSparseConfig, {"stride_blocks": 32, "topk_blocks": 8}),
 ])  # fmt: skip
-def test_a_preset_is_what_a_model_gets(monkeypatch, module, name, config_class):
+def test_a_preset_is_what_a_model_gets(monkeypatch, module, name, config_class, options):
     model = LlamaConfig(max_position_embeddings=8192, num_hidden_layers=10)
     before = config_class.from_model_config(model)
     assert before.dense_layers == ()
-    monkeypatch.setattr(f"hf_dilated.config.{module}.{name}", Preset(dense_every=5))
-    assert config_class.from_model_config(model) == replace(before, dense_layers=(4, 9))
+    monkeypatch.setattr(f"hf_dilated.config.{module}.{name}", Preset(dense_every=5, options=options))
+    assert config_class.from_model_config(model) == replace(before, dense_layers=(4, 9), **options)
