@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_dilated.config import ConfigError, MemoryConfig, StoredConfig
 from hf_dilated.integration.backends import BACKENDS, Backend
@@ -71,16 +71,20 @@ def stored_config(config: Any) -> StoredConfig:
         ConfigError: If the dictionary was changed into something that cannot be run.
     """
     value = vars(_holder(config)).get(FIELD)
-    return StoredConfig() if value is None else StoredConfig.from_dict(value)
+    return StoredConfig() if value is None else _parse(value, StoredConfig())
 
 
 def install() -> None:
-    """Give every Transformers configuration the attribute ``hf_dilated`` and let it be saved. Safe to repeat."""
+    """Give every Transformers configuration the attribute ``hf_dilated``, let it be saved, and let models obey it.
+
+    Safe to repeat.
+    """
     if isinstance(vars(PreTrainedConfig).get(FIELD), StoredField):
         return
     PreTrainedConfig.hf_dilated = StoredField()
     PreTrainedConfig.to_dict = _saving(PreTrainedConfig.to_dict)
     PreTrainedConfig.save_pretrained = _carrying(PreTrainedConfig.save_pretrained)
+    PreTrainedModel.__init__ = _obeying(PreTrainedModel.__init__)
 
 
 def _holder(config: Any) -> Any:
@@ -88,12 +92,15 @@ def _holder(config: Any) -> Any:
     if not config.sub_configs:
         return config
     try:
-        return config.get_text_config()
+        text = config.get_text_config()
     except ValueError as error:
         raise ConfigError(
             f"hf_dilated: {type(config).__name__} has several text parts; set it on the one that is meant, "
             f"one of {', '.join(config.sub_configs)}"
         ) from error
+    if text is not config and FIELD in vars(config):  # since before this package was imported
+        vars(text)[FIELD] = vars(config).pop(FIELD)
+    return text
 
 
 def _holds_itself(config: Any) -> bool:
@@ -156,6 +163,18 @@ def _carrying(save_pretrained: Any) -> Any:
     def wrapper(config: Any, save_directory: Any, *arguments: Any, **options: Any) -> None:
         save_pretrained(config, save_directory, *arguments, **options)
         carry(config, Path(save_directory))
+
+    return wrapper
+
+
+def _obeying(init: Any) -> Any:
+    """A configuration that is older than the import holds a plain value, which was not checked and selected nothing."""
+
+    @functools.wraps(init)
+    def wrapper(model: Any, config: Any, *arguments: Any, **options: Any) -> None:
+        if isinstance(config, PreTrainedConfig) and FIELD in vars(config):
+            config.hf_dilated = vars(config)[FIELD]
+        init(model, config, *arguments, **options)
 
     return wrapper
 

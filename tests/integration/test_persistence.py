@@ -106,6 +106,40 @@ def test_from_config_runs_what_the_configuration_holds() -> None:
     assert dense.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("value", [STORED.to_dict(), PATTERN.to_dict()], ids=["stored", "pattern"])
+def test_a_configuration_from_before_the_import(value: dict[str, Any]) -> None:
+    """It holds what its file says as a plain value; a model takes it over, unless another attention was asked for."""
+
+    def early() -> tf.LlamaConfig:
+        config = llama()
+        vars(config)["hf_dilated"] = copy.deepcopy(value)
+        return config
+
+    assert stored_config(early()) == STORED
+    for model in (tf.LlamaForCausalLM(early()), tf.AutoModelForCausalLM.from_config(early())):
+        assert model.config._attn_implementation == "dilated"
+        assert model.config.hf_dilated == STORED.to_dict()
+    dense = tf.AutoModelForCausalLM.from_config(early(), attn_implementation="sdpa")
+    assert dense.config._attn_implementation == "sdpa"
+    assert stored_config(dense.config) == STORED
+
+
+def test_a_multimodal_configuration_from_before_the_import() -> None:
+    config = tiny_config("llava")
+    vars(config)["hf_dilated"] = STORED.to_dict()
+    model = model_class("llava").from_config(config)
+    assert model.config.text_config._attn_implementation == "dilated"
+    assert stored_config(model.config.text_config) == STORED
+
+
+@pytest.mark.parametrize("value", [{"version": 2}, {"attn_implementation": "ring_of_fire"}])
+def test_what_cannot_run_is_refused_also_from_before_the_import(value: dict[str, Any]) -> None:
+    config = llama()
+    vars(config)["hf_dilated"] = value
+    with pytest.raises(ConfigError, match="pip install -U"):
+        tf.LlamaForCausalLM(config)
+
+
 @pytest.mark.parametrize(
     "copied",
     [

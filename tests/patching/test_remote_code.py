@@ -24,7 +24,7 @@ from tests.tiny_checkpoint import save_tiny_checkpoint
 PATTERN = DilatedConfig(segment_lengths=(8, 32), dilation_rates=(1, 2))
 IDS = torch.arange(1, 41)[None]
 ELSEWHERE = """
-    import importlib.util, sys
+    import importlib.util, json, shutil, sys
     from pathlib import Path
     sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
     sys.path = [path for path in sys.path if not (Path(path) / "hf_dilated").is_dir()]
@@ -41,14 +41,41 @@ ELSEWHERE = """
     else:
         raise AssertionError("ran without the package")
 
-    def check(path, auto="AutoModelForCausalLM"):
-        model = getattr(transformers, auto).from_pretrained(path, trust_remote_code=True)
+    def check(path, auto="AutoModelForCausalLM", **options):
+        model = getattr(transformers, auto).from_pretrained(path, trust_remote_code=True, **options)
         assert model.config._attn_implementation == "dilated"
         assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
         if auto == "AutoModelForCausalLM":
             with torch.no_grad():
                 torch.testing.assert_close(model(ids).logits, expected[path.name], rtol=0, atol=0)
         return model
+
+    # A program without the package saves the configuration, or the model that it wanted dense.
+    rewritten, dense = folder / "rewritten" / "llama", folder / "dense" / "llama"
+    shutil.copytree(folder / "llama", rewritten)
+    early = transformers.AutoConfig.from_pretrained(rewritten)
+    early.save_pretrained(rewritten)
+    asked = {"attn_implementation": "sdpa"}
+    transformers.AutoModelForCausalLM.from_pretrained(folder / "llama", **asked).save_pretrained(dense)
+    for path in rewritten, dense:
+        values = json.loads((path / "config.json").read_text())
+        assert {"hf_dilated", "auto_map"} <= set(values) and "attn_implementation" not in values
+        ran = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
+        assert ran.config._attn_implementation == "sdpa"
+    try:
+        check(dense)
+    except OSError as error:
+        assert "modeling_hf_dilated.py" in str(error), error
+    else:
+        raise AssertionError("found code that nobody wrote")
+    assert "hf_dilated" not in sys.modules
+    check(rewritten)  # the package comes after the configuration
+    assert "hf_dilated" in sys.modules
+    check(rewritten, config=early)
+    ran = transformers.AutoModelForCausalLM.from_pretrained(rewritten, trust_remote_code=True, config=early, **asked)
+    assert ran.config._attn_implementation == "sdpa"
+    transformers.AutoModelForCausalLM.from_pretrained(dense, trust_remote_code=False).save_pretrained(dense)
+    check(dense)  # with its code again
 
     for name in "longnet", "llama":
         saved = folder / "saved" / name
