@@ -90,13 +90,14 @@ class ModelReport:
         return "pattern" in kinds and "refused" not in kinds
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return plain JSON values; a ``dense_length`` of None means any length."""
         layers = [
             {"name": layer.name, "runs": layer.kind, "why": layer.why, "memory": layer.memory and layer.memory.mode}
             for layer in self.layers
         ]
-        names = ("model", "backend", "is_causal", "heads", "kv_heads", "is_stored", "runs", "dense_length")
+        names = ("model", "backend", "is_causal", "heads", "kv_heads", "is_stored", "runs")
         values = {name: getattr(self, name) for name in names}
+        values["dense_length"] = None if self.is_dense else self.dense_length
         return values | {"pattern": self.pattern.to_dict(), "layers": layers, "unseen": list(self.unseen)}
 
     @property

@@ -78,6 +78,7 @@ def test_info_on_dense_attention_over_ranks(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "0-1 layers.*.self_attn pattern attends to whole documents" in words(result)
     assert "at any length every layer is exactly the dense model's" in words(result)
+    assert json.loads(run("info", tmp_path, "--backend", "ring", "--json").stdout)["dense_length"] is None
 
 
 @pytest.mark.parametrize(
