@@ -130,6 +130,21 @@ def test_nothing_is_made_up(checkpoint: Path) -> None:
         write_card(checkpoint)
 
 
+def test_code_is_promised_only_where_it_lies(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED)).save_pretrained(plain)
+    patch_checkpoint(plain, tmp_path / "long", attention=PATTERN, remote_code=True)
+    promise = "`trust_remote_code=True` replaces import and installation"
+    assert promise in make_card(tmp_path / "long").text
+    values = json.loads((tmp_path / "long" / "config.json").read_text())
+    theirs = values | {"auto_map": {"AutoModelForCausalLM": "theirs.TheirModel"}}
+    (tmp_path / "long" / "config.json").write_text(json.dumps(theirs))
+    assert promise not in make_card(tmp_path / "long").text
+    (tmp_path / "long" / "config.json").write_text(json.dumps(values))
+    (tmp_path / "long" / "hf_dilated_code.py").unlink()
+    assert promise not in make_card(tmp_path / "long").text
+
+
 def test_dynamic_positions_reach_further_than_their_formula_says(checkpoint: Path, tmp_path: Path) -> None:
     options = {"max_position_embeddings": 1024, "rope_scaling": "dynamic"}
     patch_checkpoint(tmp_path / "plain", tmp_path / "dynamic", **options)

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from hf_dilated.cards.training import Training
 from hf_dilated.evaluation.report import Report, short_count
 from hf_dilated.integration.backends import BACKENDS
+from hf_dilated.integration.carried import FILES, brings_package, own_classes
 from hf_dilated.integration.loading import brings_model, load_statement
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.reach import reach_of
@@ -84,9 +85,9 @@ def make_card(
         template_str=resources.files(__package__).joinpath("template.md").read_text("utf-8"),
         name=name.rpartition("/")[2],
         summary=_summary(config, layers, base_model),
-        load_statement=load_statement(config, name),
-        has_remote_code=bool(getattr(config, "auto_map", None)),
-        needs_remote_code=brings_model(config),
+        load_statement=load_statement(config, name, with_package=brings_package(folder)),
+        has_remote_code=_replaces_import(config, folder),
+        needs_remote_code=brings_model(config) and brings_package(folder),
         attention=_attention(config, layers),
         pattern=_pattern(layers.pattern.to_dict()),
         training=training.lines() if training else [],
@@ -134,6 +135,11 @@ def write_card(
             shutil.copyfile(evaluation.parent / plot, folder / plot)
     card.save(folder / CARD)
     return folder / CARD
+
+
+def _replaces_import(config: Any, folder: Path) -> bool:
+    """Whether our classes are named, and lie there with the package."""
+    return bool(own_classes(getattr(config, "auto_map", None))) and all((folder / name).is_file() for name in FILES)
 
 
 def _check_same(evaluation: Report, stored: dict[str, Any]) -> None:

@@ -66,12 +66,17 @@ def own_classes(auto_map: Any) -> dict[str, str]:
     return {name: found for name, (module, _, found) in references.items() if module == MODULE}
 
 
+def brings_package(folder: Path) -> bool:
+    """Whether a checkpoint carries this package."""
+    return (folder / CODE).is_file()
+
+
 def carry(config: Any, folder: Path) -> None:
     """Put the code beside a configuration that was saved, if it names it or its own code imports it."""
     classes = own_classes(getattr(config, "auto_map", None))
     if classes:
         (folder / FILE).write_text(module_source(classes.values()), "utf-8")
-    if classes or (folder / CODE).is_file():
+    if classes or brings_package(folder):
         (folder / CODE).write_text(package_source(), "utf-8")
 
 

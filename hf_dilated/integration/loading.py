@@ -28,8 +28,13 @@ def auto_classes(config: Any) -> dict[str, str]:
     return {name: model.__name__ for name, model in sorted(models.items()) if isinstance(model, type)}
 
 
-def load_statement(config: Any, path: str) -> str:
+def load_statement(config: Any, path: str, *, with_package: bool = False) -> str:
     """Return the lines that load a checkpoint of this configuration.
+
+    Args:
+        config: The configuration.
+        path: The checkpoint.
+        with_package: Whether the checkpoint carries this package, for a model whose code it brings.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -44,5 +49,5 @@ def load_statement(config: Any, path: str) -> str:
     auto_class = next((name for name, model in classes.items() if model in architectures), DEFAULT)
     imports, options = "import hf_dilated  # registers the attention backend\n", ""
     if brings_model(config):
-        imports, options = "", ", trust_remote_code=True"
+        imports, options = "" if with_package else imports, ", trust_remote_code=True"
     return f'{imports}from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{path}"{options})'
