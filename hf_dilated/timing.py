@@ -7,7 +7,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ def parse_lengths(text: str) -> list[int]:
     if not all(parts):
         raise ValueError(f"lengths: expected tokens such as 500,2k,1M, got {text!r}")
     return sorted({int(part[1]) * units[part[2].lower()] for part in parts if part})
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Let a GPU be the current one, whose clock, peak and stream are meant where none is named."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def time_call(call: Call, repeats: int, device: str) -> float:

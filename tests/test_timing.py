@@ -1,5 +1,8 @@
 """Times are taken in turns, and peak memory is that of the call alone."""
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +22,15 @@ def test_interleaving_is_complete_and_repeatable() -> None:
     rounds = [first[i : i + 4] for i in range(0, 24, 4)]
     assert all(sorted(x) == list("abcd") for x in rounds)
     assert len(set(map(tuple, rounds))) > 1
+
+
+def test_the_device_that_is_meant_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(entered.append(device)))
+    for name in ("cpu", "cuda:1"):
+        with timing.on_device(torch.device(name)):
+            pass
+    assert entered == [torch.device("cuda:1")]
 
 
 def test_peak_memory_on_the_cpu() -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_dilated.cli.console import DEVICE, Device, TrustRemoteCode, console, errors, refusals
 from hf_dilated.config import DilatedConfig
-from hf_dilated.evaluation.bench import CONTROL, MODES, Bench, Timing, steps
+from hf_dilated.evaluation.bench import CONTROL, MODES, Bench, Timing, check
 from hf_dilated.evaluation.bench import bench as measure
 from hf_dilated.evaluation.suite import DENSE, environment
 from hf_dilated.integration.persistence import stored_config
@@ -37,7 +38,7 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Budget; what does not fit into it is left out.", min=1)] = 600,
     device: Device = DEVICE,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, …")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="JSON file for the rows.", dir_okay=False)] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the rows, as they come.", dir_okay=False)] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else.")] = False,
 ) -> None:
@@ -48,16 +49,11 @@ def bench(
     """
     with refusals(model, ImportError):
         result = run(
-            model, length=length, attentions=attention, modes=mode, rounds=rounds, seconds=seconds, device=device,
-            dtype=dtype, trust_remote_code=trust_remote_code,
+            model, output, length=length, attentions=attention, modes=mode, rounds=rounds, seconds=seconds,
+            device=device, dtype=dtype, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        rows = [row.to_dict() for row in result[1]]
-        text = json.dumps({"model": model, "environment": result[0], "rows": rows}, indent=1)
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(text + "\n", "utf-8")
     if as_json:
-        typer.echo(text)
+        typer.echo(_json(model, *result))
     else:
         _show(model, *result)
     if not any(row.seconds for row in result[1]):
@@ -66,6 +62,7 @@ def bench(
 
 def run(
     model: str,
+    output: Path | None,
     *,
     length: str,
     attentions: list[str] | None,
@@ -76,10 +73,11 @@ def run(
     dtype: str,
     trust_remote_code: bool,
 ) -> tuple[dict[str, str], list[Timing]]:
-    """Load and measure; options as above.
+    """Load and measure; options as above. What was measured is written at once.
 
     Raises:
         ValueError: If an option is malformed.
+        OSError: If ``output`` cannot be written; nothing was measured then.
         UnsupportedError: If the model would be refused.
     """
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -87,17 +85,25 @@ def run(
     chosen: dict[str, Any] = {"modes": modes} if modes else {}
     attentions = attentions or [DENSE, stored_config(config).attn_implementation or "dilated"]
     plan = Bench(lengths=lengths, attentions=attentions, rounds=rounds, seconds=seconds, **chosen)
+    check(config, plan, torch.device(device))
     if "dilated" in plan.attentions and stored_config(config).dilated is None:
         config.hf_dilated = DilatedConfig.from_model_config(config, max_length=max(lengths))
     loaded = AutoModelForCausalLM.from_pretrained(
         model, config=config, dtype=dtype, trust_remote_code=trust_remote_code
     ).to(device)
+    where = environment(loaded)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=errors, transient=True) as progress:
-        bar = progress.add_task("bench", total=steps(plan))
-        return environment(loaded), measure(
-            loaded, plan, lambda done: progress.update(bar, advance=1, description=done)
-        )
+        bar = progress.add_task("bench", total=len(plan.lengths) * len(plan.modes))
+
+        def advance(rows: list[Timing]) -> None:
+            if output is not None:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text(_json(model, where, rows) + "\n", "utf-8")
+            done = list(dict.fromkeys(f"{row.mode}, {row.tokens:,} tokens" for row in rows))
+            progress.update(bar, completed=len(done), description=done[-1] if done else "bench")
+
+        return where, measure(loaded, plan, advance)
 
 
 def _lengths(config: Any, device: str) -> list[int]:
@@ -106,6 +112,11 @@ def _lengths(config: Any, device: str) -> list[int]:
         raise ValueError("length: the configuration does not tell how far the model reads; pass --length")
     longest = min(reach, LONGEST.get(device, reach))
     return sorted({min(2048 << step, longest) for step in range(longest.bit_length())})
+
+
+def _json(model: str, environment: dict[str, str], rows: list[Timing]) -> str:
+    values = {"model": model, "environment": environment, "rows": [row.to_dict() for row in rows]}
+    return json.dumps(values, indent=1)
 
 
 def _show(model: str, environment: dict[str, str], rows: list[Timing]) -> None:

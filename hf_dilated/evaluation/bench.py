@@ -1,6 +1,7 @@
 """How fast a model is with several attentions, on this machine: interleaved, with a control."""
 
 import copy
+import errno
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +16,21 @@ from transformers import Cache, DynamicCache
 from hf_dilated.evaluation.perplexity import PeakMemory
 from hf_dilated.evaluation.suite import DENSE
 from hf_dilated.integration.cache import BlockSparseCache, DilatedCache
+from hf_dilated.integration.reach import reach_of
 from hf_dilated.memory.measure import ratio
-from hf_dilated.timing import Call, interleave, release, repeats_for, sample_seconds, time_call
+from hf_dilated.timing import (
+    SHORTEST_SAMPLE,
+    Call,
+    interleave,
+    on_device,
+    release,
+    repeats_for,
+    sample_seconds,
+    time_call,
+)
 
 CONTROL = " (again)"
 FEWEST_ROUNDS = 3
-Advance = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +94,20 @@ class Timing:
         return asdict(self)
 
 
-def bench(model: Any, plan: Bench, advance: Advance = lambda step: None) -> list[Timing]:
+Advance = Callable[[list[Timing]], None]
+
+
+def bench(model: Any, plan: Bench, advance: Advance = lambda rows: None) -> list[Timing]:
     """Time a causal language model with every attention of the plan, on random tokens.
 
     Args:
         model: A causal language model of Transformers; it stays as it is.
         plan: What to measure.
-        advance: Called with a description after every length and mode.
+        advance: Called with all rows so far: before anything is measured, and after every length and mode.
 
     Raises:
         UnsupportedError: If the model refuses an attention.
+        ValueError: As :func:`check`, and if the mode ``step`` would clear gradients that the model holds.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -103,21 +117,36 @@ def bench(model: Any, plan: Bench, advance: Advance = lambda step: None) -> list
         >>> [(row.attention, len(row.seconds)) for row in rows]
         [('dense', 3), ('dense (again)', 3), ('dilated', 3)]
     """
+    check(model.config, plan, model.device)
+    if "step" in plan.modes and any(parameter.grad is not None for parameter in model.parameters()):
+        raise ValueError("modes: step would clear the gradients that the model holds; call model.zero_grad() first")
     models = {name: _sharing_weights(model, name) for name in plan.attentions}
     deadline = time.monotonic() + plan.seconds
     rows: list[Timing] = []
-    for length in plan.lengths:
-        vocabulary = model.config.get_text_config().vocab_size
-        ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-        for mode in plan.modes:
-            rows += _measure(models, mode, ids, plan.rounds, deadline)
-            advance(f"{mode}, {length:,} tokens")
+    advance(rows)
+    with on_device(model.device):
+        for length in plan.lengths:
+            vocabulary = model.config.get_text_config().vocab_size
+            ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+            for mode in plan.modes:
+                rows += _measure(models, mode, ids, plan.rounds, deadline)
+                advance(rows)
     return rows
 
 
-def steps(plan: Bench) -> int:
-    """Return how often :func:`bench` calls ``advance``."""
-    return len(plan.lengths) * len(plan.modes)
+def check(config: Any, plan: Bench, device: torch.device) -> None:
+    """Refuse what cannot be measured; needs no weights.
+
+    Raises:
+        ValueError: If there is no clock for the device, or an input goes beyond the model's positions.
+    """
+    if device.type not in SHORTEST_SAMPLE:
+        raise ValueError(f"device: times are taken on {' and '.join(SHORTEST_SAMPLE)}, not on {device.type}")
+    reach, longest = reach_of(config), max(plan.lengths)
+    if reach is not None and longest > reach and not getattr(config.get_text_config(), "rope_parameters", None):
+        raise ValueError(
+            f"lengths: the model has no rotary positions, so it reads at most {reach:,} tokens; got {longest:,}"
+        )
 
 
 def _sharing_weights(model: Any, attention: str) -> Any:
@@ -142,8 +171,10 @@ def _step(model: Any, ids: Tensor) -> Call:
     """Loss and gradients, without dropout and without an optimizer's own work."""
 
     def call() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        model.zero_grad(set_to_none=True)
+        try:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        finally:
+            model.zero_grad(set_to_none=True)
 
     return call
 
@@ -193,7 +224,9 @@ def _measure(models: Mapping[str, Any], mode: str, ids: Tensor, rounds: int, dea
             continue
         try:
             calls[name], once[name], peaks[name] = _warmed_up(MODES[mode](model, ids), ids.device)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not _is_out_of_memory(error):
+                raise
             yield row(attention=name, reason="out of memory")
         release()
     if not calls:
@@ -212,6 +245,13 @@ def _measure(models: Mapping[str, Any], mode: str, ids: Tensor, rounds: int, dea
         speedup = None if name == first else ratio(samples[first], seconds)
         median = statistics.median(seconds)
         yield row(attention=name, seconds=seconds, median=median, speedup=speedup, peak_bytes=peaks[name])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also of the CPU, for which torch and the operating system have no class of their own."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _warmed_up(call: Call, device: torch.device) -> tuple[Call, float, int | None]:
