@@ -25,7 +25,8 @@ if HAS_TRITON:
     from hf_dilated.engine.fused_chosen import Places
 
 KEPT = 16
-LONGEST_LIST = 32  # query blocks that one program adds up for a key block
+LONGEST_LIST = 32  # query blocks that one program adds up for a key block, while there are slots
+SLOTS = 1  # for each block of keys: the parts of long lists take no more than keys and values in float32
 TABLE_BYTES = 1 << 30
 
 
@@ -82,7 +83,7 @@ class BlockSparse(NamedTuple):
             lists = flash_lists(*self, q.shape[1], q.device, by_key=True)
             return flash_block_sparse.backward(lists, self.is_causal, *tensors)
         queries = query_walk(*self, q.shape[1], q.device)
-        keys, split = key_walk(*self, q.shape[1], k.shape[1], q.device)
+        keys, split = key_walk(*self, q.shape[1], q.device)
         return fused_backward.backward(queries, keys, split, self.pattern.config.block_size, self.is_causal, *tensors)
 
 
@@ -123,43 +124,36 @@ def query_walk(
     lists = fused_block_lists.list_blocks(shown, requests, by_key=False)
     (entries_there,) = to_device(device, entries)
     is_full = int((spans[:, 1] - spans[:, 0]).sum()) == documents.rows * documents.queries
-    return Walk(entries_there, lists, LONGEST_LIST, is_full)
+    return Walk(entries_there, lists, is_full)
 
 
 @bounded_cache(TABLE_BYTES, KEPT)
 def key_walk(
-    pattern: BlockSparsePattern,
-    documents: Documents,
-    is_causal: bool,
-    heads: int,
-    kv_heads: int,
-    device: torch.device,
+    pattern: BlockSparsePattern, documents: Documents, is_causal: bool, heads: int, device: torch.device
 ) -> tuple["Walk", "Split"]:
     """What sees the blocks of keys; long lists are cut, and their parts get slots."""
-    size, groups = pattern.config.block_size, pattern.groups(heads)
-    spans = _spans(documents)
+    size, spans = pattern.config.block_size, _spans(documents)
+    shown = _shown(pattern, -(-max(documents.length) // size), is_causal, heads, 1, device)
     requests, offset = _requests(spans, size, is_causal, by_key=True)
     own, block = _blocks(np.zeros_like(spans[:, 0]), -(-spans[:, 1] // size))
     number = block + offset[own]
-    length = _lengths(pattern, requests, is_causal)[number]
-    parts = np.maximum(-(-length // LONGEST_LIST), 1)
-    crosses = (heads // len(groups)) % (heads // kv_heads) != 0
-    used = np.where((parts > 1) | crosses, parts * len(groups), 0)
+    length = fused_block_lists.list_lengths(shown, requests, by_key=True)[number]
+    parts = _parts(length, SLOTS * documents.rows * documents.keys // size)
+    used = np.where(parts > 1, parts, 0)
     slot = np.cumsum(used) - used
     cut = np.flatnonzero(used)
     split = np.stack([np.array(documents.key_base)[own], spans[own, 1], block, slot, slot + used], 1)[cut]
     which = np.repeat(np.arange(len(block)), parts)
     turn = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
-    order = np.argsort(turn * LONGEST_LIST - length[which], kind="stable")
+    each = -(-length // parts)
+    order = np.argsort(turn * each[which] - length[which], kind="stable")
     which, turn = which[order], turn[order]
     slots = np.where(used[which] > 0, slot[which] + turn, -1)
     entries = _entries(documents, own[which], block[which], number[which], turn, parts[which], slots)
-    shown = _shown(pattern, -(-max(documents.length) // size), is_causal, heads, 1, device)
     lists = fused_block_lists.list_blocks(shown, requests, by_key=True)
     entries_there, split_there = to_device(device, entries, split)
     is_full = int(spans[:, 1].sum()) == documents.rows * documents.keys
-    walk = Walk(entries_there, lists, LONGEST_LIST, is_full)
-    return walk, Split(split_there, int(used.sum()))
+    return Walk(entries_there, lists, is_full), Split(split_there, int(used.sum()))
 
 
 @bounded_cache(TABLE_BYTES, KEPT)
@@ -229,15 +223,11 @@ def _entries(documents: Documents, own: Integers, block: Integers, *fields: Inte
     return entries
 
 
-def _lengths(pattern: BlockSparsePattern, requests: Integers, is_causal: bool) -> Integers:
-    """About how many rows see blocks of keys, at most over the heads; those that are drawn are not known here."""
-    block, low, high, _ = requests.T
-    lengths = [np.zeros_like(block)]
-    for parts in pattern.config.parts(pattern.layer):
-        near = (parts.local_blocks + parts.dilated_blocks + parts.random_blocks) * (1 if is_causal else 2)
-        is_popular = (block < parts.global_blocks) | (parts.block_mask is not None)
-        if k := parts.stride_blocks:
-            is_popular = is_popular | (block % k == k - 1)
-        lengths.append(np.where(is_popular, high - low, np.minimum(high - low, near + parts.global_blocks)))
-    longest: Integers = np.max(lengths, axis=0)
-    return longest
+def _parts(length: Integers, slots: int) -> Integers:
+    """Into how many parts to cut lists, so that all parts of those that are cut have a slot."""
+    longest = LONGEST_LIST
+    while True:
+        parts = np.maximum(-(-length // longest), 1)
+        if int(parts[parts > 1].sum()) <= slots:
+            return parts
+        longest *= 2

@@ -188,7 +188,7 @@ def list_blocks(shown: Shown, requests: Integers, *, by_key: bool) -> Lists:
     """
     device, shape = shown.parts.device, (1, len(shown.groups), len(requests))
     (on_device,) = to_device(device, requests)
-    widest = max(_most_seen(group.parts, shown.blocks, shown.is_causal, by_key) for group in shown.groups)
+    widest = _widest(shown, requests, by_key)
     edge_count, whole_count = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
     edge, whole = (torch.empty(*shape, width, dtype=torch.int32, device=device) for width in (1, widest))
     _list_kernel[(shape[1] * shape[2],)](
@@ -224,15 +224,42 @@ def _words(parts: BlockParts) -> Integers:
     return np.packbits(padded, axis=1, bitorder="little").view("<i4").ravel().astype(np.int64)
 
 
-def _most_seen(parts: BlockParts, blocks: int, is_causal: bool, by_key: bool) -> int:
-    """Upper bound of the length of a list."""
-    both_ways = 1 if is_causal else 2
-    near = both_ways * (parts.local_blocks + parts.dilated_blocks)
-    sees_all = parts.global_blocks and (by_key or not is_causal)
-    if sees_all or (parts.random_blocks and (by_key or not is_causal)):
-        return blocks
-    if by_key and (parts.stride_blocks or parts.block_mask is not None):
-        return blocks
-    far = parts.global_blocks + parts.random_blocks + (-(-blocks // parts.stride_blocks) if parts.stride_blocks else 0)
-    marked = max((int(bits.sum()) for bits in parts.mask_bits()), default=0)
-    return max(1, min(blocks, near + far + marked))
+def _widest(shown: Shown, requests: Integers, by_key: bool) -> int:
+    """Upper bound of the lengths of lists; nobody here knows how many rows draw the same block."""
+    is_drawn = any(group.parts.random_blocks for group in shown.groups) and (by_key or not shown.is_causal)
+    lengths = requests[:, 2] - requests[:, 1] if is_drawn else list_lengths(shown, requests, by_key=by_key)
+    return max(1, int(lengths.max()))
+
+
+def list_lengths(shown: Shown, requests: Integers, *, by_key: bool) -> Integers:
+    """Upper bounds of the lengths of lists, over the groups; of rows that draw a block, as many as it draws itself.
+
+    Args:
+        shown: What the groups see.
+        requests: What is listed, as :func:`list_blocks` takes it.
+        by_key: Whether the blocks are of keys, and the candidates of queries.
+    """
+    block, low, high, _ = requests.T
+    both_ways = 1 if shown.is_causal else 2
+    lengths = np.zeros_like(block)
+    for parts in {group.parts for group in shown.groups}:
+        near = both_ways * (parts.local_blocks + parts.dilated_blocks + parts.random_blocks)
+        length = near + parts.global_blocks + _marked(parts, requests, by_key)
+        is_popular = (block < parts.global_blocks) & (by_key or not shown.is_causal)
+        if k := parts.stride_blocks:
+            is_popular |= (block % k == k - 1) & by_key
+            length += 0 if by_key else -(-(high - low) // k)
+        lengths = np.maximum(lengths, np.where(is_popular, high - low, np.minimum(high - low, length)))
+    return lengths
+
+
+def _marked(parts: BlockParts, requests: Integers, by_key: bool) -> Integers:
+    """How many of their candidates the mask marks for blocks."""
+    if parts.block_mask is None:
+        return np.zeros(len(requests), dtype=np.int64)
+    bits = np.stack(parts.mask_bits())
+    places = np.flatnonzero(bits.T if by_key else bits)
+    begin = requests[:, 0] * len(bits)
+    below, all_of = (np.searchsorted(places, begin + limit) for limit in requests[:, 1:3].T)
+    counts: Integers = all_of - below
+    return counts

@@ -17,7 +17,7 @@ from hf_dilated.memory import BufferType, buffers
 
 FIELDS = 9
 LOG2E = 1.4426950408889634
-LENGTHS = ["T", "U", "N", "M", "count", "lists", "widest"]  # change with the length: one program serves all
+LENGTHS = ["N", "M", "count", "lists", "widest"]  # change with the length: one program serves all
 
 
 class Walk(NamedTuple):
@@ -26,13 +26,11 @@ class Walk(NamedTuple):
     Attributes:
         entries: (T, FIELDS) blocks of queries (or parts of blocks of keys), those with long lists first.
         lists: Blocks of keys (of queries) for the groups of heads.
-        longest: Blocks in a part of a list, but for the last one.
         is_full: Whether every query (every key) of the batch belongs to a document.
     """
 
     entries: Tensor
     lists: Lists
-    longest: int
     is_full: bool
 
 
@@ -73,11 +71,11 @@ def _entry(table, number, FIELDS: tl.constexpr):
 
 
 @triton.jit
-def _list(COUNT, EDGE, EDGE_COUNT, number, part, parts, LONGEST: tl.constexpr):
+def _list(COUNT, EDGE, EDGE_COUNT, number, part, parts):
     """Where the part of a list starts and stops, and its edge; -1 if it has none."""
     count = tl.load(COUNT + number)
-    start = tl.minimum(part * LONGEST, count)
-    stop = tl.where(part == parts - 1, count, tl.minimum(start + LONGEST, count))
+    start = part * count // parts
+    stop = (part + 1) * count // parts
     has_edge = (part == 0) & (tl.load(EDGE_COUNT + number) > 0)
     return start, stop, tl.where(has_edge, tl.load(EDGE + number), -1)
 
@@ -128,7 +126,7 @@ def _forward_kernel(
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr, LONGEST: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     STEPS: tl.constexpr = (SIZE + COLUMNS - 1) // COLUMNS
@@ -136,7 +134,7 @@ def _forward_kernel(
     place = tl.program_id(0) // H
     key_base, query_base, first_query, length, block, number, part, parts, _ = _entry(table, place // PARTS, FIELDS)
     number += (head // GROUP) * lists
-    start, stop, edge = _list(COUNT, EDGE, EDGE_COUNT, number, part, parts, LONGEST)
+    start, stop, edge = _list(COUNT, EDGE, EDGE_COUNT, number, part, parts)
     items = WHOLE + number.to(tl.int64) * widest
     first = block * SIZE + (place % PARTS) * ROWS
     row = (key_base // M).to(tl.int64)
@@ -201,7 +199,7 @@ def forward(
     _forward_kernel[(entries * H,)](
         q, k, v, output, lse, *_walked(walk), scale * LOG2E, *_counts(walk, q, k), *_strides(q, k, v),
         size, sizes.rows, sizes.columns, *_widths(q, v), is_causal, _precision(q),
-        FIELDS, walk.longest, num_warps=sizes.warps, num_stages=sizes.stages,
+        FIELDS, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     return output.transpose(1, 2), lse
 

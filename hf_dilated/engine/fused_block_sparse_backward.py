@@ -77,7 +77,7 @@ def _query_kernel(
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr, LONGEST: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the queries of a block."""
     PARTS: tl.constexpr = (SIZE + ROWS - 1) // ROWS
@@ -86,7 +86,7 @@ def _query_kernel(
     place = tl.program_id(0) // H
     key_base, query_base, first_query, length, block, number, part, parts, _ = _entry(table, place // PARTS, FIELDS)
     number += (head // GROUP) * lists
-    start, stop, edge = _list(COUNT, EDGE, EDGE_COUNT, number, part, parts, LONGEST)
+    start, stop, edge = _list(COUNT, EDGE, EDGE_COUNT, number, part, parts)
     items = WHOLE + number.to(tl.int64) * widest
     first = block * SIZE + (place % PARTS) * ROWS
     row = (key_base // M).to(tl.int64)
@@ -158,26 +158,19 @@ def _key_step(
 @triton.jit(do_not_specialize=LENGTHS)
 def _key_kernel(
     Q, K, V, GRAD, LSE, DELTA, GRAD_K, GRAD_V, PART_K, PART_V, table, EDGE_COUNT, EDGE, COUNT, WHOLE, lists, widest,
-    scale, factor, U, N, M, H, GROUP, REPEATS,
+    scale, factor, N, M, H, GROUP, REPEATS,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr, LONGEST: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by the keys and values of a block, of the heads of a group that share a key-value head."""
+    """Gradient by the keys and values of a block, of the heads that share a key-value head."""
     PARTS: tl.constexpr = (SIZE + COLUMNS - 1) // COLUMNS
     STEPS: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     G = H // REPEATS
     kv_head = tl.program_id(0) % G
     place = tl.program_id(0) // G
-    group = place // PARTS // U
-    key_base, query_base, first_query, length, block, number, part, parts, slot = _entry(
-        table, place // PARTS % U, FIELDS
-    )
-    slot = tl.where(slot < 0, slot, slot + group * parts)
-    number += group * lists
-    start, stop, edge = _list(COUNT, EDGE, EDGE_COUNT, number, part, parts, LONGEST)
-    items = WHOLE + number.to(tl.int64) * widest
+    key_base, query_base, first_query, length, block, number, part, parts, slot = _entry(table, place // PARTS, FIELDS)
     first = block * SIZE + (place % PARTS) * COLUMNS
     row = (key_base // M).to(tl.int64)
     key_slot = key_base % M
@@ -189,12 +182,11 @@ def _key_kernel(
     p_k = first + tl.arange(0, COLUMNS)
     grad_k = tl.zeros((COLUMNS, WIDTH), tl.float32)
     grad_v = tl.zeros((COLUMNS, VALUE_WIDTH), tl.float32)
-    begin = tl.maximum(kv_head * REPEATS, group * GROUP)
-    end = tl.minimum((kv_head + 1) * REPEATS, (group + 1) * GROUP)
-    if (slot < 0) & (begin >= end):
-        return  # the heads of another group write this
-    for head in range(begin, end):
-        own = row * 0 + head  # 64 bits, and a tensor under the interpreter too
+    for repeat in range(0, REPEATS):
+        own = shared * REPEATS + repeat
+        list_of = number + (own // GROUP) * lists
+        start, stop, edge = _list(COUNT, EDGE, EDGE_COUNT, list_of, part, parts)
+        items = WHOLE + list_of * widest
         Q_own = Q + row * q_row + own * q_head
         GRAD_own = GRAD + row * g_row + own * g_head
         LSE_own = LSE + (row * H + own) * N
@@ -272,17 +264,16 @@ def backward(
     _query_kernel[(entries * H,)](
         q, k, v, grad, lse, delta, grad_q, *_walked(queries), *scales, *_counts(queries, q, k),
         *strides, size, sizes.rows, sizes.columns, *_widths(q, v), is_causal,
-        _precision(q), FIELDS, queries.longest, num_warps=sizes.warps, num_stages=sizes.stages,
+        _precision(q), FIELDS, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     sizes = _sizes(KEY, q, v, size)
     shapes = [(split.slots, G, size, d) for d in (D, DV)]
     parts = [buffers.empty(BufferType.TEMP, shape, torch.float32, q.device) for shape in shapes]
-    entries = len(keys.entries) * keys.lists.whole.shape[1] * triton.cdiv(size, sizes.columns)
+    entries = len(keys.entries) * triton.cdiv(size, sizes.columns)
     _key_kernel[(entries * G,)](
-        q, k, v, grad, lse, delta, grad_k, grad_v, *parts, *_walked(keys), *scales, len(keys.entries),
+        q, k, v, grad, lse, delta, grad_k, grad_v, *parts, *_walked(keys), *scales,
         *_counts(keys, q, k), *strides, size, sizes.rows, sizes.columns, *_widths(q, v), is_causal,
-        _precision(q), FIELDS, keys.longest,
-        num_warps=sizes.warps, num_stages=sizes.stages,
+        _precision(q), FIELDS, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     if split.slots:
         for part, out in zip(parts, (grad_k, grad_v), strict=True):

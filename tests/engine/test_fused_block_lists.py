@@ -40,7 +40,13 @@ MASKED = BlockParts(
 )
 
 
-@pytest.mark.parametrize("parts", [(MIXED,), (DRAWN, MASKED)], ids=["alike", "two groups"])
+MARKED = BlockParts(local_blocks=1, block_mask=torch.arange(ROWS)[:, None] * torch.arange(ROWS) % 4 == 3)
+POPULAR = BlockParts(local_blocks=0, global_blocks=2, stride_blocks=4)
+
+
+@pytest.mark.parametrize(
+    "parts", [(MIXED,), (DRAWN, MASKED), (MARKED,), (POPULAR,)], ids=["alike", "two groups", "marked", "popular"]
+)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("by_key", [False, True])
 def test_lists(monkeypatch, parts, is_causal, by_key):
@@ -99,6 +105,45 @@ def test_what_lists_cost(monkeypatch):
             assert operators.found == ["_to_copy.default"] * transfers
             assert len(launches) == kernels
             launches.clear()
+
+
+BLOCKS = 512
+DIAGONAL = torch.eye(BLOCKS, dtype=torch.bool)
+SEEN_BY_ALL = DIAGONAL | (torch.arange(BLOCKS) == 0)
+IN_TWO_GROUPS = BlockSparseConfig(layers=((BlockParts(local_blocks=9), BlockParts(dilated_blocks=9)),))
+
+
+@pytest.mark.parametrize(
+    ("config", "blocks", "slots", "widest"),
+    [
+        (BlockSparseConfig(block_mask=DIAGONAL), BLOCKS, 0, 2),
+        (BlockSparseConfig(block_mask=SEEN_BY_ALL), BLOCKS, BLOCKS // 32, BLOCKS),
+        (BlockSparseConfig(block_mask=SEEN_BY_ALL), 320, 320 // 32, 320),
+        (IN_TWO_GROUPS, BLOCKS, 0, 10),
+        (BlockSparseConfig.strided(8), 256, 4 * sum(range(2, 9)), 249),
+    ],
+    ids=["sparse mask", "mask with a popular block", "part of it", "two groups", "strided"],
+)
+def test_slots_and_tables(monkeypatch, config, blocks, slots, widest):
+    """Only blocks that many rows really see are cut into parts, and only what is seen has room in a table."""
+    walk, split = walk_of(monkeypatch, config, blocks)
+    assert split.slots == slots
+    assert walk.lists.whole.shape[3] == widest
+
+
+@pytest.mark.parametrize("blocks", [1024, 8192])
+def test_parts_are_bounded(monkeypatch, blocks):
+    """Popular blocks are as many as the document is long, and so is what sees them: slots would be its square."""
+    walk, split = walk_of(monkeypatch, BlockSparseConfig.strided(8), blocks)
+    assert blocks // 4 < split.slots <= blocks
+    assert len(walk.entries) <= 2 * blocks
+
+
+def walk_of(monkeypatch, config, blocks):
+    for name in ("_draw_kernel", "_list_kernel"):
+        monkeypatch.setattr(fused_block_lists, name, Kernel([]))
+    pattern, documents = BlockSparsePattern(config=config), Documents.whole_rows(1, 128 * blocks, 128 * blocks)
+    return block_sparse.key_walk(pattern, documents, True, 4, torch.device("meta"))
 
 
 KERNELS = {

@@ -41,12 +41,20 @@ LARGE = BlockSparseConfig(block_size=64, layers=(GROUPS,))  # larger
 @pytest.mark.parametrize("longest_list", [1, 32])
 def test_output_and_gradients(monkeypatch, config, tokens, options, longest_list):
     monkeypatch.setattr(block_sparse, "LONGEST_LIST", longest_list)
+    monkeypatch.setattr(block_sparse, "SLOTS", 99)
     _assert_right(config, tokens, tokens, options)
 
 
-def _assert_right(config, queries, keys, options):
+@pytest.mark.parametrize("longest_list", [1, 32])
+def test_groups_of_heads_that_cross_key_value_heads(monkeypatch, longest_list):
+    monkeypatch.setattr(block_sparse, "LONGEST_LIST", longest_list)
+    monkeypatch.setattr(block_sparse, "SLOTS", 99)
+    _assert_right(SMALL, 10, 10, {}, heads=6, kv_heads=3)
+
+
+def _assert_right(config, queries, keys, options, heads=2, kv_heads=1):
     torch.manual_seed(0)
-    tensors = (torch.randn(1, heads, tokens, 8) for heads, tokens in ((2, queries), (1, keys), (1, keys)))
+    tensors = (torch.randn(1, h, tokens, 8) for h, tokens in ((heads, queries), (kv_heads, keys), (kv_heads, keys)))
     case = Case(config, *tensors, options).to(torch.float32)
     exact = case.to(torch.float64)
     grad = torch.randn_like(case.query)
