@@ -39,7 +39,7 @@ def _delta_kernel(
     DV: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Row sums of gradient times output, (B, H, N)."""
-    head = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
     t = (tl.program_id(0) // H) * ROWS + tl.arange(0, ROWS)
     row, n = (t // N).to(tl.int64), (t % N).to(tl.int64)
     e = tl.arange(0, WIDTH)
