@@ -73,7 +73,8 @@ class BlockSparse(NamedTuple):
         size = self.pattern.config.block_size
         places = _places(self.pattern, self.documents, q.shape[1], q.device)
         choice = fused_chosen.choose(places, turns, size, q, k)
-        return fused_chosen.add_backward(choice, places, size, *tensors, grads)
+        fused_chosen.add_backward(choice, places, size, *tensors, grads)
+        return grads
 
     def _backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scale: float

@@ -18,7 +18,7 @@ from hf_dilated.engine.fused_block_sparse_backward import row_sums
 from hf_dilated.memory import BufferType, buffers
 
 FIELDS = 6
-LENGTHS = ["T", "U", "N", "M", "items", "tiles", "blocks", "count"]  # change with the length: one program serves all
+LENGTHS = ["T", "U", "N", "M", "items", "tiles", "blocks", "count", "g"]  # these change: one program serves all
 
 
 class Places(NamedTuple):
@@ -151,15 +151,14 @@ def _rows_of(item, N, TURNS: tl.constexpr, REPEATS, row_stride, head_stride, tok
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _forward_kernel(
-    Q, K, V, PART, PART_LSE, places, order, starts, tile_starts, blocks_of, scale, items, tiles, U, N, M, G, REPEATS,
+    Q, K, V, PART, PART_LSE, places, order, starts, tile_starts, blocks_of, scale, g, items, tiles, U, N, M, REPEATS,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TURNS: tl.constexpr,
     PRECISION: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Let ROWS items see the block that they chose."""
-    g = tl.program_id(0) % G
-    tile = tl.program_id(0) // G
+    """Let ROWS items of key-value head g see the block that they chose."""
+    tile = tl.program_id(0)
     low = g * (U + 1)
     u = tl.load(blocks_of + g * tiles + tile)
     if u >= U:
@@ -168,8 +167,7 @@ def _forward_kernel(
     end = tl.load(starts + low + u + 1)
     i = begin + tl.arange(0, ROWS)
     is_item = i < end
-    own = g.to(tl.int64) * items
-    item = tl.load(order + own + i, mask=is_item, other=0)
+    item = tl.load(order + g.to(tl.int64) * items + i, mask=is_item, other=0)
     key_base = tl.load(places + u * FIELDS)
     first = tl.load(places + u * FIELDS + 4) * SIZE
     key_row = (key_base // M).to(tl.int64)
@@ -194,25 +192,25 @@ def _forward_kernel(
         total = total * decay + tl.sum(weight, 1)
         acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         largest = new
-    place = own + item
-    tl.store(PART_LSE + place, (largest + tl.log2(total)) / 1.4426950408889634, mask=is_item)
+    tl.store(PART_LSE + item, (largest + tl.log2(total)) / 1.4426950408889634, mask=is_item)
     acc = acc / total[:, None]
-    out = PART + place[:, None] * DV + e[None, :]
+    out = PART + item[:, None] * DV + e[None, :]
     tl.store(out, acc.to(PART.dtype.element_ty), mask=is_item[:, None] & (e < DV)[None, :])
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _merge_kernel(
-    OUT, LSE, PART, PART_LSE, count, items, N, H, REPEATS, o_row, o_head, o_token,
+    OUT, LSE, PART, PART_LSE, g, count, N, H, REPEATS, o_row, o_head, o_token,
     ROWS: tl.constexpr, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    """Merge what tokens have chosen into what they see anyway, in place."""
-    head = tl.program_id(0) % H
-    t = (tl.program_id(0) // H) * ROWS + tl.arange(0, ROWS)
+    """Merge what the heads of key-value head g have chosen into what they see anyway, in place."""
+    repeat = tl.program_id(0) % REPEATS
+    head = g.to(tl.int64) * REPEATS + repeat
+    t = (tl.program_id(0) // REPEATS) * ROWS + tl.arange(0, ROWS)
     is_token = t < count
     row, n = (t // N).to(tl.int64), (t % N).to(tl.int64)
     e = tl.arange(0, VALUE_WIDTH)
-    place = (head // REPEATS).to(tl.int64) * items + (t.to(tl.int64) * REPEATS + head % REPEATS) * TURNS
+    place = (t.to(tl.int64) * REPEATS + repeat) * TURNS
     lse_at = LSE + (row * H + head) * N + n
     own = tl.load(lse_at, mask=is_token, other=float("-inf"))
     largest = own
@@ -235,14 +233,13 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _backward_kernel(
-    Q, K, V, GRAD, LSE, DELTA, PART, GRAD_K, GRAD_V, places, order, starts, scale, factor, items, U, N, M, G, REPEATS,
-    q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
+    Q, K, V, GRAD, LSE, DELTA, PART, GRAD_K, GRAD_V, places, order, starts, scale, factor, g, items, U, N, M, G,
+    REPEATS, q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TURNS: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients by a block of keys and values and, item by item, by the queries that chose it."""
-    g = tl.program_id(0) % G
-    u = tl.program_id(0) // G
+    """Gradients by a block of keys and values of head g and, item by item, by queries that chose it."""
+    u = tl.program_id(0)
     key_base = tl.load(places + u * FIELDS)
     length = tl.load(places + u * FIELDS + 3)
     first = tl.load(places + u * FIELDS + 4) * SIZE
@@ -280,7 +277,7 @@ def _backward_kernel(
         grad_s = (weight * (grad_weight - delta[:, None])).to(q.dtype)
         grad_k = tl.dot(tl.trans(grad_s), q, grad_k, input_precision=PRECISION)
         grad_q = tl.dot(grad_s, k, input_precision=PRECISION) * factor
-        part = PART + (own + item)[:, None] * D + d[None, :]
+        part = PART + item[:, None] * D + d[None, :]
         tl.store(part, grad_q.to(PART.dtype.element_ty), mask=is_item[:, None] & (d < D)[None, :])
     token = ((key_base + p_k).to(tl.int64) * G + g)[:, None]
     tl.store(
@@ -334,40 +331,43 @@ def add_forward(
     tiles = items // rows + U  # at most
     numbers = torch.arange(tiles, device=q.device).expand(G, -1).contiguous()
     blocks_of = torch.searchsorted(tile_starts[:, 1:].contiguous(), numbers, right=True)
-    part = buffers.empty(BufferType.TEMP, (G, items, DV), q.dtype, q.device)
-    part_lse = buffers.full(BufferType.TEMP, (G, items), -torch.inf, lse.dtype, lse.device)
-    _forward_kernel[(tiles * G,)](
-        q, k, v, part, part_lse, places.entries, choice.order, choice.starts, tile_starts, blocks_of, scale * LOG2E,
-        items, tiles, U, N, M, G, H // G, *_strides(q, k, v), size, rows, max(16, min(size, 64)), *_widths(q, v),
-        choice.turns, _precision(q), FIELDS, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    _merge_kernel[(triton.cdiv(B * N, 16) * H,)](
-        output, lse, part, part_lse, B * N, items, N, H, H // G, *_strides(output), 16, DV, triton.next_power_of_2(DV),
-        choice.turns,
-    )  # fmt: skip
+    part = buffers.empty(BufferType.TEMP, (items, DV), q.dtype, q.device)
+    part_lse = buffers.empty(BufferType.TEMP, (items,), lse.dtype, lse.device)
+    for g in range(G):  # one after the other, in the same scratch
+        part_lse.fill_(-torch.inf)
+        _forward_kernel[(tiles,)](
+            q, k, v, part, part_lse, places.entries, choice.order, choice.starts, tile_starts, blocks_of, scale * LOG2E,
+            g, items, tiles, U, N, M, H // G, *_strides(q, k, v), size, rows, max(16, min(size, 64)), *_widths(q, v),
+            choice.turns, _precision(q), FIELDS, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        _merge_kernel[(triton.cdiv(B * N, 16) * (H // G),)](
+            output, lse, part, part_lse, g, B * N, N, H, H // G, *_strides(output), 16, DV, triton.next_power_of_2(DV),
+            choice.turns,
+        )  # fmt: skip
 
 
 def add_backward(
     choice: Choice, places: Places, size: int, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor,
     lse: Tensor, scale: float, grads: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> None:  # fmt: skip
     """Add to gradients those of what tokens have chosen; ``output`` and ``lse`` are of everything that they saw."""
     (B, H, N, D), (G, M, DV), items = q.shape, v.shape[1:], choice.order.shape[1]
     delta, lse = row_sums(grad, output, lse), buffers.contiguous(BufferType.TEMP, lse)
-    part = buffers.full(BufferType.TEMP, (G, items, D), 0.0, q.dtype, q.device)
+    part = buffers.empty(BufferType.TEMP, (items, D), q.dtype, q.device)
     grad_k, grad_v = (buffers.full(BufferType.TEMP, (B, M, G, x.shape[3]), 0.0, x.dtype, x.device) for x in (k, v))
     is_large = max(D, DV) > 128 or q.element_size() > 2
-    _backward_kernel[(len(places.entries) * G,)](
-        q, k, v, grad, lse, delta, part, grad_k, grad_v, places.entries, choice.order, choice.starts, scale * LOG2E,
-        scale, items, len(places.entries), N, M, G, H // G, *_strides(q, k, v, grad), size, 16 if is_large else 32,
-        max(16, size), *_widths(q, v), choice.turns, _precision(q), FIELDS,
-        num_warps=8 if size > 32 else 4, num_stages=1,
-    )  # fmt: skip
-    by_item = part.view(G, B, N, H // G, choice.turns, D).sum(4, dtype=torch.float32)  # (G, B, N, H / G, D)
-    by_query = by_item.permute(1, 0, 3, 2, 4).flatten(1, 2)
-    of_chosen = by_query, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
-    of_query, of_key, of_value = ((a + b).to(a.dtype) for a, b in zip(grads, of_chosen, strict=True))
-    return of_query, of_key, of_value
+    for g in range(G):  # one after the other, in the same scratch
+        part.zero_()
+        _backward_kernel[(len(places.entries),)](
+            q, k, v, grad, lse, delta, part, grad_k, grad_v, places.entries, choice.order, choice.starts, scale * LOG2E,
+            scale, g, items, len(places.entries), N, M, G, H // G, *_strides(q, k, v, grad), size,
+            16 if is_large else 32, max(16, size), *_widths(q, v), choice.turns, _precision(q), FIELDS,
+            num_warps=8 if size > 32 else 4, num_stages=1,
+        )  # fmt: skip
+        by_query = part.view(B, N, H // G, choice.turns, D).sum(3, dtype=torch.float32)
+        grads[0].unflatten(1, (G, H // G))[:, g].add_(by_query.transpose(1, 2))
+    for total, own in zip(grads[1:], (grad_k, grad_v), strict=True):
+        total.add_(own.transpose(1, 2))
 
 
 def _rows(q: Tensor, v: Tensor) -> int:

@@ -1,18 +1,22 @@
 """The Triton kernels for block-sparse attention, as plain Python where there is no GPU."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from hf_dilated import BlockParts, BlockSparseConfig
+from hf_dilated.memory import BufferType, buffers
 from hf_dilated.patterns import BlockSparsePattern
 from hf_dilated.patterns.documents import Documents
 from tests.cases import Case
 from tests.engine.checks import assert_equals_oracle
 
 pytest.importorskip("triton")
-from hf_dilated.engine import block_sparse, flash_block_sparse
+from triton.runtime.interpreter import interpreter_builder
+
+from hf_dilated.engine import block_sparse, flash_block_sparse, fused_block_sparse_backward, fused_chosen
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +90,33 @@ CHOSEN = (BlockParts(topk_blocks=2, random_blocks=1), BlockParts(global_blocks=1
 )
 def test_blocks_chosen_by_content(groups, queries, options):
     _assert_right(BlockSparseConfig(block_size=4, layers=(CHOSEN[:groups],)), queries, 18, options)
+
+
+def test_scratch_of_chosen_blocks_is_that_of_a_key_value_head(monkeypatch):
+    sizes, empty = [], buffers.empty
+
+    def counted(kind, shape, dtype, device):
+        sizes.append(math.prod(shape) if kind == BufferType.TEMP else 0)
+        return empty(kind, shape, dtype, device)
+
+    monkeypatch.setattr(buffers, "empty", counted)
+    turns, heads, kv_heads, tokens = 3, 6, 3, 18
+    config = BlockSparseConfig(block_size=4, topk_blocks=turns)
+    _assert_right(config, tokens, tokens, {}, heads=heads, kv_heads=kv_heads)
+    assert max(sizes) == turns * heads // kv_heads * tokens * 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks Triton's interpreter")
+@pytest.mark.parametrize("kernel", ["row sums", "merge of chosen blocks"])
+def test_heads_far_apart(monkeypatch, kernel):
+    """Head times stride needs 64 bits; there are no rows, so nothing is read."""
+    options = dataclasses.replace(interpreter_builder.options, debug=True)  # it tells when 32 bits are not enough
+    monkeypatch.setattr(interpreter_builder, "options", options)
+    x, far, count, tokens, heads = torch.zeros(1), (0, 1 << 30, 16), 0, 1, 4
+    if kernel == "row sums":
+        fused_block_sparse_backward._delta_kernel[(heads,)](x, x, x, count, tokens, heads, *far, *far, 16, 16, 32)
+    else:
+        fused_chosen._merge_kernel[(heads // 2,)](x, x, x, x, 1, count, tokens, heads, 2, *far, 16, 16, 16, 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
