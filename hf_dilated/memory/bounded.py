@@ -2,8 +2,9 @@
 
 import functools
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -11,16 +12,28 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+Part = tuple[int, int]  # address and bytes of what an array or a tensor lies in
+
+AGAIN = 8  # all entries are measured again when one in so many is new: a miss costs as much as so many measurements
+NUMBERS: frozenset[type] = frozenset({bool, int, float})
+
+
+@dataclass
+class _Entry(Generic[T]):
+    result: T
+    parts: set[Part] = field(default_factory=set)
+
 
 class BoundedCache(Generic[T]):
     """A function that remembers its results; of those beyond a limit the ones that were used last stay.
 
-    Results may grow, as tables do that are made when they are first needed: an entry is measured when it comes, and
-    again when the next one does. The newest entry stays, however large.
+    Arguments are kept with their results, and count as these do; what several entries share counts once. Both may grow,
+    as tables do that are made when they are first needed: while entries are few, all are measured again with every new
+    one, and while they are many, with every so many new ones. The newest entry stays, however large.
 
     Args:
         function: What is remembered; its arguments are hashable.
-        limit: Bytes of arrays and tensors.
+        limit: Bytes of arrays, tensors and byte strings.
         most: Entries.
 
     Example:
@@ -36,8 +49,9 @@ class BoundedCache(Generic[T]):
         self._function = function
         self.limit, self.most = limit, most
         self._lock = threading.RLock()
-        self._entries: OrderedDict[Hashable, T] = OrderedDict()
-        self._sizes: dict[Hashable, int] = {}
+        self._entries: OrderedDict[Hashable, _Entry[T]] = OrderedDict()
+        self._users: Counter[Part] = Counter()  # entries that hold a part
+        self._nbytes = self._new = 0
 
     def __call__(self, *arguments: Hashable, **options: Hashable) -> T:
         """Return the result, computed or remembered."""
@@ -45,31 +59,51 @@ class BoundedCache(Generic[T]):
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
-                return self._entries[key]
+                return self._entries[key].result
         result = self._function(*arguments, **options)
         with self._lock:
-            self._add(key, result)
-        return result
+            return self._add(key, result)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is remembered, as measured last."""
-        return sum(self._sizes.values())
+        return self._nbytes
 
     def cache_clear(self) -> None:
         """Forget everything."""
         with self._lock:
             self._entries.clear()
-            self._sizes.clear()
+            self._users.clear()
+            self._nbytes = self._new = 0
 
-    def _add(self, key: Hashable, result: T) -> None:
-        if self._sizes:
-            latest = next(reversed(self._sizes))
-            self._sizes[latest] = nbytes_of(self._entries[latest])
-        self._entries[key], self._sizes[key] = result, nbytes_of(result)
-        while len(self._entries) > 1 and (len(self._entries) > self.most or self.nbytes > self.limit):
-            oldest, _ = self._entries.popitem(last=False)
-            del self._sizes[oldest]
+    def _add(self, key: Hashable, result: T) -> T:
+        if key in self._entries:  # another thread was faster, and others use its result
+            self._entries.move_to_end(key)
+            return self._entries[key].result
+        self._entries[key] = _Entry(result)
+        self._new += 1
+        if AGAIN * self._new >= len(self._entries):
+            self._new = 0
+            for of_key, entry in self._entries.items():
+                self._hold(entry, _parts((of_key, entry.result)))
+        else:
+            self._hold(self._entries[key], _parts((key, result)))
+        while len(self._entries) > 1 and (len(self._entries) > self.most or self._nbytes > self.limit):
+            _, oldest = self._entries.popitem(last=False)
+            self._hold(oldest, set())
+        return result
+
+    def _hold(self, entry: _Entry[T], parts: set[Part]) -> None:
+        """Count the parts of an entry instead of those that it had before."""
+        for part in parts - entry.parts:
+            self._nbytes += part[1] * (self._users[part] == 0)
+            self._users[part] += 1
+        for part in entry.parts - parts:
+            self._users[part] -= 1
+            if not self._users[part]:
+                del self._users[part]
+                self._nbytes -= part[1]
+        entry.parts = parts
 
 
 def bounded_cache(limit: int, most: int) -> Callable[[Callable[..., T]], BoundedCache[T]]:
@@ -78,33 +112,40 @@ def bounded_cache(limit: int, most: int) -> Callable[[Callable[..., T]], Bounded
 
 
 def nbytes_of(x: Any) -> int:
-    """Return the bytes of all arrays and tensors in an object, its fields and its containers.
+    """Return the bytes of all arrays, tensors and byte strings in an object, its fields and its containers.
 
     Example:
         >>> array = np.zeros(4)
         >>> nbytes_of({"one": array, "same": (array, array[1:])})
         32
     """
-    return _nbytes(x, set())
+    return sum(size for _, size in _parts(x))
 
 
-def _nbytes(x: Any, seen: set[int]) -> int:
-    if isinstance(x, np.ndarray) and isinstance(x.base, np.ndarray):
-        x = x.base  # of a view
-    address = id(x)
+def _parts(x: Any) -> set[Part]:
+    found: set[Part] = set()
+    _find(x, found, set())
+    return found
+
+
+def _find(x: Any, found: set[Part], seen: set[int]) -> None:
     if isinstance(x, np.ndarray):
-        address = x.ctypes.data
+        whole = x.base if isinstance(x.base, np.ndarray) else x  # of a view
+        found.add((whole.ctypes.data, whole.nbytes))
     elif isinstance(x, Tensor):
-        address = x.untyped_storage().data_ptr()
-    if address in seen:
-        return 0
-    seen.add(address)
-    if isinstance(x, np.ndarray):
-        return int(x.nbytes)
-    if isinstance(x, Tensor):
-        return x.untyped_storage().nbytes()
+        storage = x.untyped_storage()
+        found.add((storage.data_ptr(), storage.nbytes()))
+    elif isinstance(x, bytes):
+        found.add((id(x), len(x)))
+    elif id(x) not in seen:
+        seen.add(id(x))
+        for part in _inside(x):
+            _find(part, found, seen)
+
+
+def _inside(x: Any) -> Iterable[Any]:
     if isinstance(x, dict):
-        x = list(x.values())  # at once: others may add to it
-    elif hasattr(x, "__dict__"):
-        x = list(vars(x).values())
-    return sum(_nbytes(part, seen) for part in x) if isinstance(x, list | tuple) else 0
+        return list(x.values())  # at once: others may add to it
+    if isinstance(x, list | tuple):
+        return () if NUMBERS.issuperset(map(type, x)) else x
+    return list(vars(x).values()) if hasattr(x, "__dict__") and not isinstance(x, type) else ()

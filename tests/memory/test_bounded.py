@@ -1,6 +1,8 @@
 """What is remembered stays within its bytes."""
 
+import queue
 import threading
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,6 +76,67 @@ def test_threads() -> None:
         thread.join(60)
     assert wrong == []
     assert cache.nbytes <= 2000
+
+
+def test_all_entries_are_measured_again() -> None:
+    cache = BoundedCache(lambda number: Result(np.zeros(100, np.uint8)), limit=10**6, most=99)
+    first = cache(0)
+    cache(1)
+    first.on_device["cpu"] = torch.zeros(300, dtype=torch.uint8)
+    cache(2)
+    assert cache.nbytes == 600, "not only the newest may have grown"
+    for number in range(40):
+        cache(number)
+    first.on_device.clear()
+    for number in range(40, 50):
+        cache(number)
+    assert cache.nbytes == 5000, "of many entries all are measured now and then"
+
+
+def test_arguments_count_once_and_are_let_go() -> None:
+    def problem() -> Result:
+        return Result(np.zeros(100, np.uint8))
+
+    cache = BoundedCache(lambda problem, number: np.zeros(10, np.uint8), limit=350, most=99)
+    problems = [problem() for _ in range(5)]
+    dropped = weakref.ref(problems[0])
+    for number in range(5):
+        cache(problems[0], number)
+    assert cache.nbytes == 150
+    for each in problems[1:]:
+        cache(each, 0)
+    assert cache.nbytes == 330
+    del problems
+    assert dropped() is None
+    text = BoundedCache(lambda content: None, limit=350, most=99)
+    for number in range(5):
+        text(bytes([number] * 100))
+    assert text.nbytes == 300
+
+
+def test_the_first_of_two_threads_gives_the_result() -> None:
+    started, may_end = threading.Barrier(2), [threading.Event(), threading.Event()]
+
+    def make(number: int) -> list[int]:
+        if number == 0:
+            turn = started.wait(10)
+            may_end[turn].wait(10)
+        return [number]
+
+    cache = BoundedCache(make, limit=1, most=2)
+    found: queue.Queue[list[int]] = queue.Queue()
+    threads = [threading.Thread(target=lambda: found.put(cache(0))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    may_end[0].set()
+    first = found.get(timeout=10)
+    cache(1)
+    may_end[1].set()
+    for thread in threads:
+        thread.join(10)
+    assert found.get(timeout=10) is first
+    cache(2)
+    assert cache(0) is first, "the second has used it, too, later than 1"
 
 
 def test_plans_and_layouts_are_bounded() -> None:
