@@ -278,7 +278,7 @@ def contiguous(kind: BufferType, x: Tensor) -> Tensor:
 
 def joined(kind: BufferType, tensors: Sequence[Tensor], dim: int) -> Tensor:
     """Return tensors side by side, as ``torch.cat`` does."""
-    if _in_use.manager is None or _needs_gradient(*tensors):
+    if _in_use.manager is None or _needs_gradient(*tensors) or len({x.dtype for x in tensors}) > 1:
         return torch.cat(list(tensors), dim)
     shape = list(tensors[0].shape)
     shape[dim] = sum(x.shape[dim] for x in tensors)

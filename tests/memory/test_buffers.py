@@ -127,6 +127,15 @@ def test_what_is_taken_from_a_pool_is_what_torch_makes(dtype: torch.dtype) -> No
         assert torch.equal(pooled, call())
 
 
+def test_what_is_joined_has_the_dtype_that_torch_gives_it() -> None:
+    x, y = torch.randn(2, 3), torch.randn(2, 3, dtype=torch.float64)
+    for tensors in ([x, y], [y, x], [x.bfloat16(), x], [x.half(), x.bfloat16()]):
+        with buffers.using(auto_configure_memory_pool(8192, smallest=1).spec):
+            joined = buffers.joined(BufferType.CACHE, tensors, 1)
+        assert joined.dtype == torch.cat(tensors, 1).dtype
+        assert torch.equal(joined, torch.cat(tensors, 1))
+
+
 def test_what_autograd_has_to_see_is_torchs_own() -> None:
     x = torch.randn(2, 3, 5, 4, requires_grad=True)
     with buffers.using(auto_configure_memory_pool(8192, smallest=1).spec):
