@@ -18,7 +18,8 @@ from hf_dilated.patterns.partials import Level
 from hf_dilated.patterns.shards import Rows, Shard, between, rows_seen, with_heads
 
 KEPT = 32
-KEPT_BYTES = 256 << 20  # of each function
+KEPT_BYTES = 256 << 20  # of each function, with the layouts that its problems hold
+PAIRS_KEPT = 4096  # a pass over n chunks takes up to n * n plans, and needs all of them again in the next one
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def own_plan(problem: Problem, rank: int) -> Plan:
     return plan_for(problem, between(levels_of(problem), shard, shard), problem.tokens, goes_on=False)
 
 
-@bounded_cache(KEPT_BYTES, KEPT)
+@bounded_cache(KEPT_BYTES, PAIRS_KEPT)
 def chunk_plan(problem: Problem, size: int, queries: int, keys: int) -> Plan:
     """Some queries and some keys of one process: of its chunks of ``size`` tokens those with these numbers."""
     shard = problem.layout.shards[0]

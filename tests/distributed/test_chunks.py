@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_dilated import BlockSparseConfig, DilatedConfig, RingConfig, SequenceLayout, ring_attention
+from hf_dilated.distributed import shares
 from hf_dilated.patterns import BlockSparsePattern, DensePattern, DilatedPattern
 from tests.distributed.test_ring import Case, differences, shards_of
 
@@ -91,3 +92,20 @@ def test_scratch_is_that_of_chunks(name: str) -> None:
     assert long < 1.3 * short, "it does not grow with the length"
     assert long < 24 * of_a_chunk
     assert long < whole / 2, "and is less than at once"
+
+
+def test_a_second_pass_plans_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[int] = []
+    plan_levels = shares.plan_levels
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        planned.append(1)
+        return plan_levels(*arguments, **options)
+
+    monkeypatch.setattr(shares, "plan_levels", counted)
+    shares.chunk_plan.cache_clear()
+    layout = SequenceLayout.of((1, 96), 1)
+    inputs: Any = [torch.randn(1, 2, 96, 8) for _ in range(3)]
+    for _ in range(2):
+        ring_attention(*inputs, layout, config=RingConfig(chunk_tokens=8))
+        assert len(planned) == 12 * 13 // 2
