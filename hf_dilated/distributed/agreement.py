@@ -181,14 +181,15 @@ class Watch:
             call: What to do.
             of_store: Whether it needs the store alone, which answers also after another rank is lost.
         """
-        done, results, errors = threading.Event(), list[Result](), list[RuntimeError]()
+        done, results, errors = threading.Event(), list[Result](), list[BaseException]()
 
         def run() -> None:
             try:
                 results.append(call())
-            except RuntimeError as error:
+            except BaseException as error:
                 errors.append(error)
-            done.set()
+            finally:
+                done.set()
 
         threading.Thread(target=run, name="hf_dilated wait", daemon=True).start()
         while not done.wait(0.02):

@@ -193,3 +193,20 @@ def nested(rank: int) -> str:
 @pytest.mark.timeout(60)
 def test_sessions_follow_one_another() -> None:
     assert run_on_ranks(2, nested) == ["fine", "fine"]
+
+
+def raises_in_a_wait(rank: int) -> str:
+    def wait() -> None:
+        raise KeyError("a bug")
+
+    try:
+        with sequence_parallel() as sp:
+            sp.watch.finish(wait, True)
+    except KeyError as error:
+        return repr(error)
+    return "nothing"
+
+
+@pytest.mark.timeout(60)
+def test_an_error_of_any_kind_ends_a_wait() -> None:
+    assert run_on_ranks(1, raises_in_a_wait, limit=30) == ["KeyError('a bug')"]
