@@ -7,8 +7,8 @@ stream (on a CPU: the program) wait for the data.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -141,10 +141,16 @@ class Wire:
         return Arrival(arriving, list(dist.batch_isend_irecv(ops)) if ops else [], sent, self)
 
 
-@lru_cache(maxsize=16)
+_met: WeakKeyDictionary[dist.ProcessGroup, set[torch.device]] = WeakKeyDictionary()
+
+
 def _meet(wire: Wire, device: torch.device) -> None:
     """Let all ranks connect: NCCL wants every rank in the first communication, and not all of them have a piece."""
-    wire.gather(torch.zeros(1, dtype=torch.uint8, device=device)).wait()
+    assert wire.group is not None
+    met = _met.setdefault(wire.group, set())
+    if device not in met:
+        wire.gather(torch.zeros(1, dtype=torch.uint8, device=device)).wait()
+        met.add(device)
 
 
 _records: list[list[int]] = []
