@@ -132,8 +132,13 @@ def choose_transport(problem: Problem, config: RingConfig, key: Tensor, value: T
 
 
 def _fits(problem: Problem, config: RingConfig, key: Tensor, value: Tensor) -> bool:
-    """Whether the keys and values of all ranks may be here at once."""
-    return problem.layout.ranks * (key.nbytes + value.nbytes) <= config.gather_bytes
+    """Whether the keys and values of all ranks may be here at once.
+
+    Two buffers from which others pull count with them: gradients go home to all other ranks at once, too.
+    """
+    ranks = problem.layout.ranks
+    shards = ranks + 2 * (ranks - 1) * (config.transport == "symmetric")
+    return shards * (key.nbytes + value.nbytes) <= config.gather_bytes
 
 
 def groups_of(transport: TransportName, ranks: int, *, fits: bool) -> tuple[Group, ...]:

@@ -19,6 +19,7 @@ from hf_dilated.distributed.agreement import Watch
 from hf_dilated.distributed.cached import CachedSequence
 from hf_dilated.distributed.communication import Wire
 from hf_dilated.distributed.layout import Kind, SequenceLayout
+from hf_dilated.distributed.symmetric import buffers_of_session
 
 IGNORED = -100  # label that no loss counts
 VERSION = 1  # of what ranks must agree on
@@ -195,7 +196,7 @@ def sequence_parallel(
     group = mesh_or_group or dist.distributed_c10d._get_default_group()
     with Watch(Wire.of(group), config.timeout_seconds) as watch:
         wire = Wire(group, watch.wire.rank, watch.wire.ranks, watch.finish)
-        with _open(SequenceParallel(wire, config, watch)) as session:
+        with buffers_of_session(wire), _open(SequenceParallel(wire, config, watch)) as session:
             yield session
 
 

@@ -2,29 +2,33 @@
 
 A rank puts its tensors where all ranks of the host can read them, and each copies the pieces that it asks for on a
 stream of its own, so that no kernel of a communication library takes multiprocessors from attention. Two buffers take
-turns: whoever writes one again has passed a barrier behind which all others have read it.
+turns: whoever writes one again has passed a barrier behind which all others have read it. They are a group's, and go
+with it, or with its session.
 """
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_dilated.distributed.communication import Arrival, Route, Wire, arriving_rows, note_trade, row_bytes
-from hf_dilated.memory.buffers import persistent_buffers
+from hf_dilated.memory.persistent import PersistentBuffers
 
 
 @dataclass
 class _Pulls:
-    """What this process remembers of a group: the stream of its copies, and whose turn it is."""
+    """What this process remembers of a group: its buffers, the stream of its copies, and whose turn it is."""
 
     group: str
     stream: torch.cuda.Stream | None
+    buffers: PersistentBuffers = field(default_factory=PersistentBuffers)
     turn: int = 0
     met: torch.cuda.Event | None = None  # the last barrier
     handle: Any = None  # the last one; all have the same ranks
@@ -41,7 +45,7 @@ class _Pulls:
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         symmetric: Any = importlib.import_module("torch.distributed._symmetric_memory")  # not in every build
         try:
-            buffer = persistent_buffers.get(name, shape, x.dtype, x.device, symmetric_group=self.group)
+            buffer = self.buffers.get(name, shape, x.dtype, x.device, symmetric_group=self.group)
             handle = symmetric.rendezvous(buffer, self.group)
         except RuntimeError as error:
             raise RuntimeError(
@@ -57,9 +61,33 @@ class _Pulls:
         self.met = None if self.stream is None else self.stream.record_event()
 
 
-@lru_cache(maxsize=16)
-def _pulls_of(group: str, device: torch.device) -> _Pulls:
-    return _Pulls(group, torch.cuda.Stream(device) if device.type == "cuda" else None)
+_of_group: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, _Pulls]] = WeakKeyDictionary()
+_abandoned: list[dict[torch.device, _Pulls]] = []  # of failed sessions: freeing waits for barriers that may never end
+
+
+def _pulls_of(group: dist.ProcessGroup, device: torch.device) -> _Pulls:
+    pulls = _of_group.setdefault(group, {})
+    if device not in pulls:
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        pulls[device] = _Pulls(group.group_name, stream)
+    return pulls[device]
+
+
+@contextmanager
+def buffers_of_session(wire: Wire) -> Iterator[None]:
+    """Give the buffers of a group back when its session ends; after a failure the next one starts with others."""
+    assert wire.group is not None
+    try:
+        yield
+        for device in _of_group.get(wire.group, {}):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            wire.gather(torch.zeros(1, device=device)).wait().cpu()  # all ranks have read what they pull
+    except BaseException:
+        if pulls := _of_group.pop(wire.group, None):
+            _abandoned.append(pulls)
+        raise
+    _of_group.pop(wire.group, None)
 
 
 @dataclass(frozen=True)
@@ -89,7 +117,7 @@ class SymmetricWire(Wire):
         note_trade(tensors, route)
         if not route.most:
             return Arrival(arriving, [], tuple(tensors), self)
-        pulls = _pulls_of(self.group.group_name, device)
+        pulls = _pulls_of(self.group, device)
         if pulls.met is not None:
             pulls.met.wait()
         pulls.turn = 1 - pulls.turn
