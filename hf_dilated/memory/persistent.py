@@ -53,6 +53,7 @@ class PersistentBuffers:
             device: Where it lies.
             symmetric_group: Name of a process group: allocate symmetric memory, which its ranks can read directly. All
                 of them must then ask for the same buffers in the same order.
+                A name may come again after its group was destroyed, with other ranks: ``clear()`` before that.
         """
         key = _Key(name, device, symmetric_group)
         size = math.prod(shape) * dtype.itemsize
