@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_dilated.config import ConfigError, MemoryConfig, StoredConfig
 from hf_dilated.integration.backends import BACKENDS, Backend
-from hf_dilated.integration.carried import carry
+from hf_dilated.integration.carried import carry, own_classes
 from hf_dilated.integration.layers import backend_config
 
 FIELD = "hf_dilated"
@@ -160,8 +160,13 @@ def _saving(to_dict: Any) -> Any:
 
 def _carrying(save_pretrained: Any) -> Any:
     @functools.wraps(save_pretrained)
-    def wrapper(config: Any, save_directory: Any, *arguments: Any, **options: Any) -> None:
-        save_pretrained(config, save_directory, *arguments, **options)
+    def wrapper(config: Any, save_directory: Any, push_to_hub: bool = False, **options: Any) -> None:
+        if push_to_hub and own_classes(getattr(config, "auto_map", None)):
+            raise ValueError(
+                "push_to_hub: this configuration names code that is written beside it after it was uploaded; call "
+                "config.push_to_hub(repo_id), or push the model"
+            )
+        save_pretrained(config, save_directory, push_to_hub, **options)
         carry(config, Path(save_directory))
 
     return wrapper

@@ -143,6 +143,13 @@ def test_saving_carries_the_code_along_also_after_an_import(folder: Path, tmp_pa
     assert not list((tmp_path / "dense").glob("*.py"))
 
 
+def test_a_configuration_is_not_uploaded_without_its_code(folder: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(folder / "llama")
+    with pytest.raises(ValueError, match="call config.push_to_hub"):
+        config.save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert not (tmp_path / "new").exists()
+
+
 def test_taken_back(folder: Path, tmp_path: Path) -> None:
     unpatch_checkpoint(folder / "llama", tmp_path / "back")
     assert not list((tmp_path / "back").glob("*.py"))
