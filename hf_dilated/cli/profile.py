@@ -17,7 +17,6 @@ from hf_dilated.functional import dilated_attention
 from hf_dilated.integration.recording import load, record
 from hf_dilated.memory import auto_configure_memory_pool
 from hf_dilated.memory.measure import CONTROL, compare
-from hf_dilated.memory.policy import Thresholds
 from hf_dilated.memory.profile import (
     LONGEST_PLAN,
     Measurement,
@@ -30,6 +29,7 @@ from hf_dilated.memory.profile import (
     this_machine,
     thresholds_of,
 )
+from hf_dilated.memory.thresholds import Thresholds
 
 MODES: tuple[MemoryMode, ...] = ("lightweight", "full")
 ALL_MODES: tuple[MemoryMode, ...] = ("disabled", *MODES)

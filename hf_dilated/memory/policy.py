@@ -7,20 +7,12 @@ from functools import lru_cache
 from typing import Any
 
 from hf_dilated.config.memory import MemoryConfig, MemoryMode
+from hf_dilated.memory.profile import measured_thresholds
 from hf_dilated.memory.system import System, system
+from hf_dilated.memory.thresholds import NEVER, Thresholds
 
 SMALLEST = 4 << 20  # bytes; malloc's warm heap hands out smaller ones in less time than a pool takes to count them
-NEVER = 1 << 60  # tokens
 BUDGET_SHARE = 4  # of the memory that this process may have, one part is kept for reuse at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thresholds:
-    """Tokens from which each mode pays; ``origin`` says who found that out."""
-
-    lightweight: int = 4096
-    full: int = 8192
-    origin: str = "default"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +96,6 @@ def auto_configure_memory_pool(
         >>> auto_configure_memory_pool(2048, mode="full").reason
         'set by the user'
     """
-    from hf_dilated.memory.profile import measured_thresholds
-
     settings = MemoryConfig.from_dict({"mode": mode, **overrides})
     return resolve(settings, max_seq_len, attention_type, thresholds or measured_thresholds())
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from hf_dilated.memory.policy import NEVER, Thresholds
 from hf_dilated.memory.system import system
+from hf_dilated.memory.thresholds import NEVER, Thresholds
 
 PROFILE_VERSION = 1
 LEAST = 0.98  # a ratio below this is a loss

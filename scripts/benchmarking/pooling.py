@@ -31,7 +31,7 @@ from hf_dilated.functional import attend
 from hf_dilated.memory import auto_configure_memory_pool, buffers
 from hf_dilated.memory.levers import pull_levers
 from hf_dilated.memory.measure import CONTROL, ratio
-from hf_dilated.memory.policy import Thresholds
+from hf_dilated.memory.thresholds import Thresholds
 from hf_dilated.patterns import DensePattern, DilatedPattern
 
 Call = Callable[[], Any]

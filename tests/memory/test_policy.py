@@ -4,7 +4,7 @@ import pytest
 
 from hf_dilated.config import ConfigError, MemoryConfig, StoredConfig
 from hf_dilated.memory import MemoryPolicy, auto_configure_memory_pool
-from hf_dilated.memory.policy import Thresholds
+from hf_dilated.memory.thresholds import Thresholds
 
 
 @pytest.mark.parametrize(

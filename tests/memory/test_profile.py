@@ -8,8 +8,8 @@ import pytest
 
 from hf_dilated.memory import auto_configure_memory_pool, measure
 from hf_dilated.memory import profile as profiles
-from hf_dilated.memory.policy import NEVER, Thresholds
 from hf_dilated.memory.profile import Measurement, Profile, current_profile, explain, this_machine, thresholds_of
+from hf_dilated.memory.thresholds import NEVER, Thresholds
 
 
 @pytest.fixture
