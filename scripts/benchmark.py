@@ -65,6 +65,25 @@ PeerOption = Annotated[
         help="module:function(query, key, value, segment_lengths, dilation_rates) with overlap count, on (B, H, N, D)."
     ),
 ]
+
+
+def _tokens(text: str | int) -> int:
+    """Read one length."""
+    lengths = parse_lengths(str(text))
+    if len(lengths) > 1:
+        raise ValueError(f"expected one length such as 32k, got {text!r}")
+    return lengths[0]
+
+
+FlexUpToOption = Annotated[
+    int, typer.Option(parser=_tokens, metavar="TOKENS", help="Longest length for FlexAttention, such as 32k.")
+]
+DenseUpToOption = Annotated[
+    int,
+    typer.Option(
+        parser=_tokens, metavar="TOKENS", help="Longest length for dense attention, such as 128k; extrapolated beyond."
+    ),
+]
 RoundsOption = Annotated[int, typer.Option(min=5, help="Samples of each variant.")]
 BudgetOption = Annotated[float, typer.Option(help="Seconds after which the slowest variants are left out.")]
 OutputOption = Annotated[Path, typer.Option(help="Folder for the rows and the plot.")]
@@ -84,8 +103,8 @@ def attention(
     overlap: OverlapOption = "both",
     backward: Annotated[bool, typer.Option(help="Measure forward + backward as well.")] = True,
     flex: Annotated[bool, typer.Option(help="Measure FlexAttention (GPU only).")] = True,
-    flex_up_to: Annotated[int, typer.Option(help="Longest length for FlexAttention.")] = 32768,
-    dense_up_to: Annotated[int, typer.Option(help="Longest length for dense attention; extrapolated beyond.")] = 131072,
+    flex_up_to: FlexUpToOption = 32768,
+    dense_up_to: DenseUpToOption = 131072,
     memory: Annotated[bool, typer.Option(help="Measure the peak memory of the forward call.")] = True,
     peer: PeerOption = [],  # noqa: B006
     peer_offset: Annotated[Offset, typer.Option(help="Which residue a peer's heads keep.")] = "head",
@@ -123,9 +142,9 @@ def block_sparse(
     ] = "strided:0.25,sinks:0.25,bigbird:0.25",
     backward: Annotated[bool, typer.Option(help="Measure forward + backward as well.")] = True,
     flex: Annotated[bool, typer.Option(help="Measure FlexAttention (GPU only).")] = True,
-    flex_up_to: Annotated[int, typer.Option(help="Longest length for FlexAttention.")] = 32768,
+    flex_up_to: FlexUpToOption = 32768,
     flex_seconds: Annotated[float, typer.Option(help="Seconds in which FlexAttention has to be compiled.")] = 60,
-    dense_up_to: Annotated[int, typer.Option(help="Longest length for dense attention; extrapolated beyond.")] = 131072,
+    dense_up_to: DenseUpToOption = 131072,
     memory: Annotated[bool, typer.Option(help="Measure the peak memory of the forward call.")] = True,
     changing: Annotated[bool, typer.Option(help="Count what ten lengths recompile, in place of times.")] = False,
     rounds: RoundsOption = 7,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hf_dilated.distributed.communication import Arrival, Wire
@@ -121,13 +122,15 @@ class Pieces:
     def _sum(self, own: Tensor, arrived: Tensor) -> Tensor:
         """Add the layers that have arrived; those of all ranks in one go, which torch does in float32."""
         layers = arrived.unflatten(0, (-1, self.problem.tokens))
-        if len(self.groups) == 1:
-            layers[0] = own
-            return layers.sum(0)
-        total = own.to(wide(own.dtype))
-        for layer in layers[1:]:
-            total += layer
-        return total
+        if len(self.groups) > 1:
+            total = own.to(wide(own.dtype))
+            for layer in layers[1:]:
+                total += layer
+            return total
+        if len(layers) == 2:  # to the bit what their sum is, without a copy
+            return torch.add(own, layers[1], out=layers[0])
+        layers[0] = own
+        return layers.sum(0)
 
 
 @dataclass

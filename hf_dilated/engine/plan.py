@@ -21,7 +21,7 @@ from hf_dilated.patterns.documents import Documents, Integers
 from hf_dilated.patterns.partials import Gathered, Level, Partials, Pattern, Spans
 
 LARGEST_VIEWED_RATE = 4  # rows further apart are gathered: the copy costs less than strided reads and many launches
-SMALL_CALL = 1 << 17  # rows (token and head) up to which a launch costs more than gathering them
+SMALL_CALL = 1 << 15  # rows (token and head) up to which a launch costs more than gathering them
 GATHERED_PART = 4  # of all rows a call gathers one in this many: query, key, value and output are then one query
 LEAST_GATHERED = 1 << 15  # rows that a call may gather in any case
 MOST_GATHERED = 1 << 16  # keys of a head that a call puts side by side where rows share them

@@ -37,7 +37,7 @@ def test_rows_that_repeat_are_all_added():
     like, part = torch.randn(1, 2, 4, 8), torch.randn(6, 2, 8)
     total = FusedGradient(like)
     FusedGradient.add(selection, (total,), (part,))
-    right = torch.zeros(4, 2, 8).index_add_(0, torch.from_numpy(tokens), part)
+    right = torch.zeros(4, 2, 8).index_add_(0, torch.tensor(tokens), part)
     torch.testing.assert_close(total.result()[0].transpose(0, 1), right)
 
 

@@ -158,7 +158,7 @@ class Interface:
     def _scores(q, k, v, seen, scale):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        seen = seen[:, : q.shape[2], : k.shape[2]]
+        seen = seen[:, : q.shape[2], : k.shape[2]].to(q.device)
         return q, k, v, (q @ k.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf)
 
     @classmethod

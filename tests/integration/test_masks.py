@@ -149,7 +149,7 @@ def test_unknown_arguments_are_refused():
 
 
 def test_kinds_of_layers_share_what_a_padding_mask_says():
-    mask = torch.tensor([[False, True, True, True]])
+    mask = torch.tensor([[False, True, True, True]], device="cpu")
     windowed = masking_utils.sliding_window_causal_mask_function(2)
     plain, again = (position_mask(1, 4, 4, attention_mask=mask, mask_function=f, config=CONFIG)
                     for f in (masking_utils.causal_mask_function, windowed))  # fmt: skip
