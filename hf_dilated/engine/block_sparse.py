@@ -17,12 +17,12 @@ from hf_dilated.patterns.documents import Documents, Integers
 from hf_dilated.patterns.partials import Spans
 
 if HAS_TRITON:
-    from hf_dilated.engine import fused_block_lists, fused_chosen
+    from hf_dilated.engine import fused_block_lists, fused_choice, fused_chosen, fused_chosen_backward
     from hf_dilated.engine import fused_block_sparse as fused
     from hf_dilated.engine import fused_block_sparse_backward as fused_backward
     from hf_dilated.engine.fused_block_lists import Shown, to_device
     from hf_dilated.engine.fused_block_sparse import Split, Walk
-    from hf_dilated.engine.fused_chosen import Places
+    from hf_dilated.engine.fused_choice import Places
 
 KEPT = 16
 LONGEST_LIST = 32  # query blocks that one program adds up for a key block, while there are slots
@@ -51,7 +51,7 @@ class BlockSparse(NamedTuple):
         if turns := self.pattern.chosen_blocks:
             size = self.pattern.config.block_size
             places = _places(self.pattern, self.documents, q.shape[1], q.device)
-            choice = fused_chosen.choose(places, turns, size, q, k)
+            choice = fused_choice.choose(places, turns, size, q, k)
             fused_chosen.add_forward(choice, places, size, q, k, v, output, lse, scale)
         return output, lse
 
@@ -72,8 +72,8 @@ class BlockSparse(NamedTuple):
             return grads
         size = self.pattern.config.block_size
         places = _places(self.pattern, self.documents, q.shape[1], q.device)
-        choice = fused_chosen.choose(places, turns, size, q, k)
-        fused_chosen.add_backward(choice, places, size, *tensors, grads)
+        choice = fused_choice.choose(places, turns, size, q, k)
+        fused_chosen_backward.add_backward(choice, places, size, *tensors, grads)
         return grads
 
     def _backward(

@@ -18,7 +18,9 @@ from hf_dilated.engine import (
     fused_block_lists,
     fused_block_sparse,
     fused_block_sparse_backward,
+    fused_choice,
     fused_chosen,
+    fused_chosen_backward,
 )
 
 
@@ -150,7 +152,9 @@ KERNELS = {
     fused_block_lists: ("_draw_kernel", "_list_kernel"),
     fused_block_sparse: ("_forward_kernel",),
     fused_block_sparse_backward: ("_delta_kernel", "_query_kernel", "_key_kernel", "_sum_kernel"),
-    fused_chosen: ("_mean_kernel", "_choose_kernel", "_forward_kernel", "_merge_kernel", "_backward_kernel"),
+    fused_choice: ("_mean_kernel", "_choose_kernel"),
+    fused_chosen: ("_forward_kernel", "_merge_kernel"),
+    fused_chosen_backward: ("_backward_kernel", "_add_queries_kernel", "_add_keys_kernel"),
 }
 
 
