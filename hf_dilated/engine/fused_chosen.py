@@ -14,7 +14,8 @@ from hf_dilated.engine.fused_choice import FIELDS, Choice, Places, cut, heads_at
 from hf_dilated.memory import BufferType, buffers
 
 LENGTHS = ["U", "N", "M", "items", "count", "first", "heads", "none"]  # these change: one program serves all
-FORWARD = Sizes(128, 64, 4, 2), Sizes(32, 64, 4, 2)  # larger heads and float32 have less room
+LONGEST_TILE = 512  # items that one program serves
+FORWARD = Sizes(64, 128, 4, 3), Sizes(64, 128, 8, 2), Sizes(32, 32, 4, 1)  # larger heads and float32 have less room
 
 
 @triton.jit
@@ -38,53 +39,61 @@ def _rows_of(item, count, N, TURNS: tl.constexpr, row_stride, head_stride, token
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _forward_kernel(
-    Q, K, V, PART, PART_LSE, places, order, starts, tile_starts, blocks_of, scale, first, heads, items, count, U, N, M,
-    REPEATS, q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
+    Q, K, V, PART, PART_LSE, places, order, starts, tile_starts, blocks_of, scale, first, heads, items, longest, count,
+    U, N, M, REPEATS, q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TURNS: tl.constexpr,
     PRECISION: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Let ROWS items of one of the key-value heads ``first … first + heads`` see the block that they chose."""
+    """Let a tile of items of one of the key-value heads ``first … first + heads`` see the block that they chose."""
     tile = tl.load(tile_starts + first * U) + tl.program_id(0)
     block = tl.load(blocks_of + tile)
     if block >= (first + heads) * U:
         return
-    begin, end = _limits(tile, block, starts, tile_starts, ROWS)
+    start, stop = _limits(tile, block, starts, tile_starts, longest)
     g = block // U
     u = block % U
-    i = begin + tl.arange(0, ROWS)
-    is_item = i < end
-    item = tl.load(order + i, mask=is_item, other=g.to(tl.int64) * items) - first.to(tl.int64) * items
     key_base = tl.load(places + u * FIELDS)
+    slot = key_base % M
     first_key = tl.load(places + u * FIELDS + 4) * SIZE
+    stop_key = first_key + SIZE
     key_row = (key_base // M).to(tl.int64)
-    key_slot = key_base % M
-    d, e = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
-    of_head = item.to(tl.int32) - (g - first) * items
-    q_base = Q + (g * REPEATS).to(tl.int64) * q_head + _rows_of(of_head, count, N, TURNS, q_row, q_head, q_token)
-    q = tl.load(q_base[:, None] + d[None, :], mask=is_item[:, None] & (d < D)[None, :], other=0.0)
-    acc = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
-    largest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
     k_base = K + key_row * k_row + g.to(tl.int64) * k_head
     v_base = V + key_row * v_row + g.to(tl.int64) * v_head
-    for step in range(0, SIZE, COLUMNS):
-        stop = first_key + SIZE
-        k = _load(k_base, key_slot, first_key + step, 0, stop, k_token, COLUMNS, D, WIDTH, COLUMNS <= SIZE)
-        v = _load(v_base, key_slot, first_key + step, 0, stop, v_token, COLUMNS, DV, VALUE_WIDTH, COLUMNS <= SIZE)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        if COLUMNS > SIZE:
-            s = tl.where((tl.arange(0, COLUMNS) < SIZE)[None, :], s, float("-inf"))
-        new = tl.maximum(largest, tl.max(s, 1))
-        weight = tl.exp2(s - new[:, None])
-        decay = tl.exp2(largest - new)
-        total = total * decay + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        largest = new
-    tl.store(PART_LSE + item, (largest + tl.log2(total)) / 1.4426950408889634, mask=is_item)
-    acc = acc / total[:, None]
-    out = PART + item[:, None] * DV + e[None, :]
-    tl.store(out, acc.to(PART.dtype.element_ty), mask=is_item[:, None] & (e < DV)[None, :])
+    IS_WHOLE: tl.constexpr = COLUMNS <= SIZE
+    whole_k = _load(k_base, slot, first_key, 0, stop_key, k_token, COLUMNS, D, WIDTH, IS_WHOLE)
+    whole_v = _load(v_base, slot, first_key, 0, stop_key, v_token, COLUMNS, DV, VALUE_WIDTH, IS_WHOLE)
+    d, e = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
+    q_base = Q + (g * REPEATS).to(tl.int64) * q_head
+    of_scratch = first.to(tl.int64) * items
+    for begin in range(start, stop, ROWS):
+        i = begin + tl.arange(0, ROWS)
+        is_item = i < stop
+        item = tl.load(order + i, mask=is_item, other=g.to(tl.int64) * items) - of_scratch
+        of_head = item.to(tl.int32) - (g - first) * items
+        q_rows = q_base + _rows_of(of_head, count, N, TURNS, q_row, q_head, q_token)
+        q = tl.load(q_rows[:, None] + d[None, :], mask=is_item[:, None] & (d < D)[None, :], other=0.0)
+        acc = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
+        largest = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        for step in tl.static_range(0, SIZE, COLUMNS):
+            k, v = whole_k, whole_v
+            if COLUMNS < SIZE:
+                k = _load(k_base, slot, first_key + step, 0, stop_key, k_token, COLUMNS, D, WIDTH, True)
+                v = _load(v_base, slot, first_key + step, 0, stop_key, v_token, COLUMNS, DV, VALUE_WIDTH, True)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            if COLUMNS > SIZE:
+                s = tl.where((tl.arange(0, COLUMNS) < SIZE)[None, :], s, float("-inf"))
+            new = tl.maximum(largest, tl.max(s, 1))
+            weight = tl.exp2(s - new[:, None])
+            decay = tl.exp2(largest - new)
+            total = total * decay + tl.sum(weight, 1)
+            acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+            largest = new
+        tl.store(PART_LSE + item, (largest + tl.log2(total)) / 1.4426950408889634, mask=is_item)
+        out = PART + item[:, None] * DV + e[None, :]
+        acc = acc / total[:, None]
+        tl.store(out, acc.to(PART.dtype.element_ty), mask=is_item[:, None] & (e < DV)[None, :])
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -134,7 +143,7 @@ def add_forward(
     """Merge what tokens have chosen into their output (B, H, N, Dv) and LSE (B, H, N), contiguous."""
     (B, H, N, _), (G, M, DV), turns = q.shape, v.shape[1:], choice.blocks.shape[2]
     repeats, sizes = H // G, sizes_of(FORWARD, q, v, size)
-    items, tiles = repeats * B * N * turns, cut(choice, G, sizes.rows)
+    items, tiles = repeats * B * N * turns, cut(choice, G, LONGEST_TILE)
     at_once = heads_at_once(G, turns)
     part = buffers.empty(BufferType.TEMP, (at_once * items, DV), q.dtype, q.device)
     part_lse = buffers.empty(BufferType.TEMP, (at_once * items,), lse.dtype, lse.device)
@@ -143,8 +152,8 @@ def add_forward(
         part_lse.fill_(-torch.inf)
         _forward_kernel[(heads * tiles.most,)](
             q, k, v, part, part_lse, places.entries, choice.order, choice.starts, tiles.starts, tiles.blocks,
-            scale * LOG2E, first, heads, items, B * N, len(places.entries), N, M, repeats, *_strides(q, k, v), size,
-            sizes.rows, sizes.columns, *_widths(q, v), turns, _precision(q), FIELDS,
+            scale * LOG2E, first, heads, items, tiles.rows, B * N, len(places.entries), N, M, repeats,
+            *_strides(q, k, v), size, sizes.rows, sizes.columns, *_widths(q, v), turns, _precision(q), FIELDS,
             num_warps=sizes.warps, num_stages=sizes.stages,
         )  # fmt: skip
         _merge_kernel[(triton.cdiv(B * N, 16) * heads * repeats,)](
@@ -153,8 +162,7 @@ def add_forward(
         )  # fmt: skip
 
 
-def sizes_of(choice: tuple[Sizes, Sizes], q: Tensor, v: Tensor, size: int) -> Sizes:
-    """How a kernel cuts items and blocks of ``size`` tokens."""
-    is_small = q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= 128
-    sizes = choice[0 if is_small else 1]
+def sizes_of(choice: tuple[Sizes, Sizes, Sizes], q: Tensor, v: Tensor, size: int) -> Sizes:
+    """How a kernel cuts items and blocks of ``size`` tokens: for heads up to 128, larger ones, and float32."""
+    sizes = choice[2 if q.element_size() > 2 else int(max(q.shape[3], v.shape[3]) > 128)]
     return sizes._replace(columns=max(16, min(size, sizes.columns)))

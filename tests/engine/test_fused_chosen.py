@@ -11,7 +11,7 @@ from tests.cases import Case
 
 pytest.importorskip("triton")
 
-from hf_dilated.engine import block_sparse, fused_choice, fused_chosen_backward
+from hf_dilated.engine import block_sparse, fused_choice, fused_chosen, fused_chosen_backward
 from hf_dilated.engine.chosen import chosen_blocks
 from hf_dilated.engine.fused_block_sparse import Sizes
 
@@ -45,7 +45,9 @@ FEW = (BlockParts(topk_blocks=2, global_blocks=1), BlockParts(topk_blocks=1))  #
 def test_output_and_gradients(monkeypatch, size, columns, longest_part, options):
     sizes = Sizes(32, columns, 4, 1)
     monkeypatch.setattr(fused_chosen_backward, "LONGEST_PART", longest_part)
-    monkeypatch.setattr(fused_chosen_backward, "BACKWARD", (sizes, sizes))
+    monkeypatch.setattr(fused_chosen_backward, "BACKWARD", (sizes,) * 3)
+    monkeypatch.setattr(fused_chosen, "LONGEST_TILE", longest_part)
+    monkeypatch.setattr(fused_chosen, "FORWARD", (sizes,) * 3)
     monkeypatch.setattr(fused_chosen_backward, "SLOTS", 2)
     torch.manual_seed(0)
     config = BlockSparseConfig(block_size=size, layers=(FEW,))
