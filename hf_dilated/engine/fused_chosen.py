@@ -15,7 +15,7 @@ from hf_dilated.memory import BufferType, buffers
 
 LENGTHS = ["U", "N", "M", "items", "count", "first", "heads", "none"]  # these change: one program serves all
 LONGEST_TILE = 512  # items that one program serves
-FORWARD = Sizes(64, 128, 4, 3), Sizes(64, 128, 8, 2), Sizes(32, 32, 4, 1)  # larger heads and float32 have less room
+FORWARD = Sizes(64, 128, 4, 3), Sizes(64, 128, 8, 2), Sizes(16, 64, 8, 1)  # larger heads and float32 have less room
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from hf_dilated.engine.fused_choice import FIELDS, Choice, Places, cut, heads_at
 from hf_dilated.engine.fused_chosen import LENGTHS, _limits, _rows_of, sizes_of
 from hf_dilated.memory import BufferType, buffers
 
-LONGEST_PART = 1024  # items that one program adds up for a block of keys: slots take half a byte for each of q's
+LONGEST_PART = 1024  # items that one program adds up for a block; slots take half of what their gradients take
 BACKWARD = Sizes(64, 128, 8, 3), Sizes(64, 64, 8, 2), Sizes(32, 32, 8, 1)
 SLOTS = 8  # that are read at a time
 NUMBERS = 512  # of each of them
