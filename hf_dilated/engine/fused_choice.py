@@ -18,7 +18,7 @@ from hf_dilated.memory import BufferType, buffers
 
 FIELDS = 6
 LENGTHS = ["U", "N", "M", "count", "blocks"]  # these change: one program serves all
-COLUMNS = 64  # mean keys that a program looks at in one step
+COLUMNS = 64  # mean keys that a program looks at in one step; half as many in float32
 
 
 class Places(NamedTuple):
@@ -166,10 +166,11 @@ def choose(places: Places, turns: int, size: int, q: Tensor, k: Tensor) -> Choic
     mean = buffers.empty(BufferType.TEMP, (terms, G, U, D), q.dtype, q.device)
     _mean_kernel[(U * G,)](k, mean, places.entries, U, M, G, *_strides(k), size, min(32, size), D, width, terms, FIELDS)
     chosen = torch.full((H, B * N, turns), G * U, dtype=torch.int32, device=q.device)
+    columns = COLUMNS if terms > 1 else COLUMNS // 2
     tile = max(16, min(size, 64 if terms == 1 or D > 128 else 128))
     _choose_kernel[(len(places.rows) * triton.cdiv(size, tile) * H,)](
         q, mean, chosen, places.entries, places.rows, shown.parts, shown.masks, shown.drawn, U, B * N, N, M,
-        shown.blocks, H, H // len(shown.groups), H // G, *_strides(q), size, tile, COLUMNS, D, width,
+        shown.blocks, H, H // len(shown.groups), H // G, *_strides(q), size, tile, columns, D, width,
         turns, max(2, triton.next_power_of_2(turns)), shown.drawn.shape[2], shown.has_mask, terms, _precision(q),
         FIELDS, PART_FIELDS, num_warps=8 if tile > 64 else 4, num_stages=2,
     )  # fmt: skip
