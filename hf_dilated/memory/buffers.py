@@ -208,10 +208,14 @@ def shared_pool(
     return pool
 
 
-@functools.cache
 def shared_cuda_pool(device: torch.device, smallest: int) -> CudaPool:
-    """Return the process's pool on a device."""
-    return CudaPool(device, smallest)
+    """Return the process's pool on a device, by default on the current one."""
+    return _cuda_pool(torch.cuda.current_device() if device.index is None else device.index, smallest)
+
+
+@functools.cache
+def _cuda_pool(index: int, smallest: int) -> CudaPool:
+    return CudaPool(torch.device("cuda", index), smallest)
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ import torch
 
 from hf_dilated import DilatedConfig, dilated_attention
 from hf_dilated.memory import auto_configure_memory_pool
-from hf_dilated.memory.buffers import manager_of
+from hf_dilated.memory.buffers import manager_of, shared_cuda_pool
 from hf_dilated.memory.persistent import PersistentBuffers
 from hf_dilated.memory.pool.cuda import CudaPool
 
@@ -44,6 +44,14 @@ def test_small_tensors_are_torchs_own(count: int, is_pooled: bool, monkeypatch: 
     assert pool.empty((count,), torch.float32).shape == (count,)
     assert pooled == [True] * is_pooled
     assert pool._kinds.keys() == {"temp"} if is_pooled else not pool._kinds
+
+
+def test_the_current_device_needs_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    pool = shared_cuda_pool(torch.device("cuda"), smallest=7)
+    assert pool.device == torch.device("cuda", 1)
+    assert pool is shared_cuda_pool(torch.device("cuda:1"), smallest=7)
 
 
 @needs_cuda
