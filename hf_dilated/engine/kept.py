@@ -4,11 +4,15 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from hf_dilated.engine.streamed import wide
 from hf_dilated.memory import BufferType, buffers
 from hf_dilated.patterns.partials import ForgettingPattern
+
+# cuDNN plans anew for every number of keys, and every token brings another
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def decode_kept(
@@ -23,8 +27,8 @@ def decode_kept(
 ) -> Tensor:
     """Attend from the last token of a cache; nothing is synchronised.
 
-    Nearly every key that is kept is visible, so all of them are read where they lie, once for each key-value head. How
-    often a key counts is a bias, in the dtype of the query: where ``overlap="count"`` meets bfloat16, rounded like it.
+    Nearly every key that is kept is visible, so all of them are read where they lie, once for each key-value head, whose
+    query heads come as queries. How often a key counts is a bias, in the dtype of the query: where ``overlap="count"`` meets bfloat16, rounded like it.
 
     Args:
         query: (B, H, 1, D).
@@ -47,10 +51,10 @@ def decode_kept(
         bias = torch.where(sees, bias, -math.inf)
         bias = torch.cat([bias, sink_logits.to(bias)[:, None].expand(len(bias), H, 1)], 2)
         key, value = pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1))
-    output = scaled_dot_product_attention(
-        query, key, value, attn_mask=bias.unsqueeze(2).to(query.dtype), scale=scale, enable_gqa=H != G
-    )
-    return torch.where(sees.unsqueeze(3), output, 0)
+    query, bias = (x.unflatten(1, (G, H // G)) for x in (query.squeeze(2), bias.to(query.dtype)))
+    with sdpa_kernel(KERNELS):
+        output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    return torch.where(sees, output.flatten(1, 2), 0).unsqueeze(2)
 
 
 def spread(x: Tensor, key_positions: Tensor, past: int, queries: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Dilated attention: segments, dilation rates and sinks."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -127,19 +128,16 @@ class DilatedPattern:
 
     def counts(self, position: Tensor, key_position: Tensor, length: int, heads: int, kv_heads: int) -> Tensor:
         """Say how often keys count (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
-        S, device = self.config.sink_tokens, key_position.device
-        position = position[:, None, None]
-        g, other = position - S + self.phase, key_position - S + self.phase
-        meets, is_on = [], []
-        for w, r in self.branches:
-            meets.append((other // w == g // w) & (other % w % r == g % w % r))
-            s = torch.tensor([self.residue(h, r, heads, kv_heads) for h in range(heads)], device=device)
-            is_on.append(g[:, 0] % w % r == s)
-        branches = torch.stack(meets, 2).float()  # (B, G, branches, M)
-        groups = torch.stack(is_on, 2).float().unflatten(1, (kv_heads, -1))  # (B, G, H / G, branches)
-        count = groups @ branches
+        S = self.config.sink_tokens
+        segment, rate, residue = _branch_tables(self, heads, kv_heads, key_position.device)
+        g, other = position[:, None, None] - S + self.phase, key_position[:, :, None] - S + self.phase
+        is_on = (g % segment % rate).transpose(1, 2) == residue  # (B, H, branches)
+        g = g.unsqueeze(3)
+        meets = (other >= g // segment * segment) & ((other - g) % rate == 0)  # (B, G, branches, M)
+        count = is_on.float().unflatten(1, (kv_heads, -1)) @ meets.float()
         if self.config.overlap == "once":
             count = count.clamp(max=1)
+        position = position[:, None, None]
         on_grid = (position >= S) & (key_position >= S)
         is_seen = (key_position >= 0) & (key_position <= position)
         return (torch.where(on_grid.unsqueeze(2), count, 1.0) * is_seen.unsqueeze(2)).flatten(1, 2)
@@ -159,6 +157,16 @@ class DilatedPattern:
         """Group the query heads by the residue that they keep."""
         residues = [self.residue(head, rate, heads, kv_heads) for head in range(heads)]
         return [(s, tuple(h for h in range(heads) if residues[h] == s)) for s in sorted(set(residues))]
+
+
+@functools.lru_cache(maxsize=64)
+def _branch_tables(
+    pattern: DilatedPattern, heads: int, kv_heads: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Segment lengths (branches, 1), rates (branches, 1) and what residue heads keep (H, branches), on a device."""
+    residue = [[pattern.residue(head, r, heads, kv_heads) for _, r in pattern.branches] for head in range(heads)]
+    segment, rate = torch.tensor(pattern.branches, device=device).T.unsqueeze(2)
+    return segment, rate, torch.tensor(residue, device=device)
 
 
 def _nested(inner: int, outer: int) -> Iterator[tuple[int, int]]:

@@ -92,3 +92,13 @@ def test_half_precision(dtype: torch.dtype, overlap: str, with_sinks: bool) -> N
     assert actual.dtype == dtype
     bound = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
     torch.testing.assert_close(actual.double(), right, rtol=0, atol=bound)
+
+
+def test_tables_of_a_dilated_pattern_reach_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = DilatedPattern(config=DilatedConfig(segment_lengths=(4, 8), dilation_rates=(1, 2), sink_tokens=1))
+    positions = torch.arange(20).expand(1, 2, -1)
+    pattern.counts(torch.tensor([19]), positions, 20, 4, 2)
+    earlier = torch.tensor([18])
+    for name in ("tensor", "arange", "as_tensor"):
+        monkeypatch.delattr(torch, name)
+    pattern.counts(earlier, positions, 20, 4, 2)
