@@ -27,8 +27,9 @@ def decode_kept(
 ) -> Tensor:
     """Attend from the last token of a cache; nothing is synchronised.
 
-    Nearly every key that is kept is visible, so all of them are read where they lie, once for each key-value head, whose
-    query heads come as queries. How often a key counts is a bias, in the dtype of the query: where ``overlap="count"`` meets bfloat16, rounded like it.
+    Nearly every key that is kept is visible, so all of them are read where they lie, once for each key-value head:
+    its query heads come as queries. How often a key counts is a bias, in the dtype of the query: where
+    ``overlap="count"`` meets bfloat16, rounded like it.
 
     Args:
         query: (B, H, 1, D).
