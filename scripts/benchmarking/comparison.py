@@ -27,12 +27,11 @@ def start(
     *,
     memory: bool,
 ) -> Run:
-    """Begin; rows of an earlier run with this name are removed."""
+    """Begin; the first row takes the place of those of an earlier run with this name."""
     machine = describe_machine(device)
     output.mkdir(parents=True, exist_ok=True)
     words = [kind, machine["device"], pattern]
     path = output / f"{name or re.sub(r'[^a-z0-9]+', '-', ' '.join(words).lower()).strip('-')}.jsonl"
-    path.unlink(missing_ok=True)
     return Run(
         kind=kind,
         machine=machine,

@@ -313,7 +313,6 @@ def run(chosen: list[Job], rounds: int, output: Path, name: str, budget_seconds:
     output.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", f"memory {machine['device']}".lower()).strip("-")
     path = output / f"{name or slug}.jsonl"
-    path.unlink(missing_ok=True)
     deadline = time.monotonic() + budget_seconds
     columns = "case", "length", "variant", "ms", "× torch [95 %]", "extra MiB", "faults", "kernel", "bound", "report"
     table = Table(*columns, caption=CAPTION)
@@ -324,7 +323,7 @@ def run(chosen: list[Job], rounds: int, output: Path, name: str, budget_seconds:
             table.add_row(job.case, f"{job.length:,}", "the budget is spent")
             continue
         found = measure(job, job.variants(fewest), rounds, left / (len(chosen) - number))
-        with path.open("a") as file:
+        with path.open("a" if number else "w") as file:
             for variant, measured in found.items():
                 row: dict[str, Any] = {"kind": "memory", "variant": variant, "mode": job.mode, "length": job.length}
                 row |= {"median": measured.median("seconds"), "seconds": measured.seconds}

@@ -22,9 +22,9 @@ WIDTH = 120
 HEADERS = {"forward+backward": "fwd + bwd"}
 
 
-def write_row(path: Path, row: Row) -> None:
-    """Append one row; what was measured survives whatever comes after it."""
-    with path.open("a") as file:
+def write_row(path: Path, row: Row, *, is_first: bool) -> None:
+    """Append one row; what was measured survives whatever comes after it, an earlier run not the first row."""
+    with path.open("w" if is_first else "a") as file:
         file.write(json.dumps(row) + "\n")
 
 

@@ -39,7 +39,7 @@ class Run:
         empty: Row = {"median": None, "seconds": [], "extra_memory": None, "prepare_seconds": None, "reason": None}
         row = head | empty | values | {"case": case.to_dict(), "machine": self.machine}
         self.rows.append(row)
-        write_row(self.path, row)
+        write_row(self.path, row, is_first=len(self.rows) == 1)
 
     def left(self) -> float:
         """Return the seconds left of the budget."""

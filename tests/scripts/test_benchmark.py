@@ -73,11 +73,12 @@ def test_rows_of_attention(run: Callable[..., Result], tmp_path: Path) -> None:
 
 
 def test_no_report_while_a_result_is_wrong(run: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("of an earlier run")
     result = run("attention", "--lengths", "64", "--peer", "peers:wrong")
     assert result.exit_code == 1
     assert "peer wrong: output is off" in result.stderr
     assert "dilated once:" not in result.stderr
-    assert not (tmp_path / "rows.jsonl").exists()
+    assert (tmp_path / "rows.jsonl").read_text() == "of an earlier run"
 
 
 def test_rows_of_decoding(run: Callable[..., Result], tmp_path: Path) -> None:
