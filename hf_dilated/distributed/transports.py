@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from hf_dilated.distributed.communication import Arrival, Wire
@@ -127,8 +126,8 @@ class Pieces:
             for layer in layers[1:]:
                 total += layer
             return total
-        if len(layers) == 2:  # to the bit what their sum is, without a copy
-            return torch.add(own, layers[1], out=layers[0])
+        if len(layers) == 2:
+            return own + layers[1]
         layers[0] = own
         return layers.sum(0)
 

@@ -125,7 +125,7 @@ def _choose_kernel(
     best = tl.where(slot < turns, float("-inf"), float("inf"))[None, :] + tl.zeros((ROWS, SLOTS), tl.float32)
     taken = (-1 - slot)[None, :] + tl.zeros((ROWS, SLOTS), tl.int32)
     kv_head = head // REPEATS
-    plane = (H // REPEATS).to(tl.int64) * U * D
+    plane = U.to(tl.int64) * (H // REPEATS) * D
     means = MEAN + (kv_head.to(tl.int64) * U + first_block) * D
     for begin in range(0, block, COLUMNS):
         j = begin + tl.arange(0, COLUMNS)
@@ -161,6 +161,11 @@ def _choose_kernel(
 def choose(places: Places, turns: int, size: int, q: Tensor, k: Tensor) -> Choice:
     """Let every token choose up to ``turns`` blocks of ``size`` tokens."""
     (B, H, N, D), (G, M), U = q.shape, k.shape[1:3], len(places.entries)
+    if B * H * N * turns >= 1 << 31:
+        raise ValueError(
+            f"topk_blocks: {turns} blocks for each of {B * N:,} tokens of {H} heads are more than 2**31 choices; "
+            "choose fewer blocks, or give fewer tokens at a time"
+        )
     shown, width = places.shown, _widths(q, k)[2]
     terms = 1 if q.dtype == torch.float32 else 3  # as exact as float32
     mean = buffers.empty(BufferType.TEMP, (terms, G, U, D), q.dtype, q.device)
@@ -190,5 +195,6 @@ def cut(choice: Choice, kv_heads: int, rows: int) -> Tiles:
 
 
 def heads_at_once(kv_heads: int, results: int) -> int:
-    """How many key-value heads share a launch: the results of their items take no more than the queries."""
+    """How many key-value heads share a launch: the results of their items take no more than the queries, or than those
+    of one head."""
     return max(1, kv_heads // results)

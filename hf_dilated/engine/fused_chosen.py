@@ -112,14 +112,14 @@ def _merge_kernel(
     lse_at = LSE + (row * H + head) * N + n
     own = tl.load(lse_at, mask=is_token, other=float("-inf"))
     largest = own
-    for turn in tl.static_range(TURNS):
+    for turn in range(0, TURNS):
         largest = tl.maximum(largest, tl.load(PART_LSE + place + turn, mask=is_token, other=float("-inf")))
     safe = tl.where(largest == float("-inf"), 0.0, largest)
     out = OUT + (row * o_row + head * o_head + n * o_token)[:, None] + e[None, :]
     mask = is_token[:, None] & (e < DV)[None, :]
     total = tl.exp(own - safe)
     acc = tl.load(out, mask=mask, other=0.0).to(tl.float32) * total[:, None]
-    for turn in tl.static_range(TURNS):
+    for turn in range(0, TURNS):
         weight = tl.exp(tl.load(PART_LSE + place + turn, mask=is_token, other=float("-inf")) - safe)
         part = tl.load(PART + (place + turn)[:, None] * DV + e[None, :], mask=mask & (weight > 0)[:, None], other=0.0)
         acc += part.to(tl.float32) * weight[:, None]

@@ -21,19 +21,17 @@ SLOTS = 8  # that are read at a time
 NUMBERS = 512  # of each of them
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, "column"])
 def _backward_kernel(
     Q, K, V, GRAD, LSE, DELTA, PART, PART_K, PART_V, places, order, starts, tile_starts, blocks_of, scale, factor,
-    first, heads, items, longest, count, U, N, M, H, REPEATS,
+    column, first, heads, items, longest, count, U, N, M, H, REPEATS,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TURNS: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients by COLUMNS keys and values of a block of one of the key-value heads ``first … first + heads`` and, item
-    by item, by the queries of a part of those that chose it."""
-    SLICES: tl.constexpr = (SIZE + COLUMNS - 1) // COLUMNS
-    column = tl.program_id(0) % SLICES
-    slot = tl.program_id(0) // SLICES
+    """Gradients by COLUMNS keys and values, those of slice ``column``, of a block of one of the key-value heads
+    ``first … first + heads`` and, item by item, by the queries of a part of those that chose it."""
+    slot = tl.program_id(0)
     tile = tl.load(tile_starts + first * U) + slot
     block = tl.load(blocks_of + tile)
     if block >= (first + heads) * U:
@@ -77,7 +75,7 @@ def _backward_kernel(
         grad_s = (weight * (grad_weight - delta[None, :])).to(q.dtype)
         grad_k = tl.dot(grad_s, q, grad_k, input_precision=PRECISION)
         grad_q = tl.dot(tl.trans(grad_s), k, input_precision=PRECISION) * factor
-        part = PART + (item * SLICES + column)[:, None] * D + d[None, :]
+        part = PART + item[:, None] * D + d[None, :]
         tl.store(part, grad_q.to(PART.dtype.element_ty), mask=is_item[:, None] & (d < D)[None, :])
     own = column * COLUMNS + tl.arange(0, COLUMNS)
     within = (slot.to(tl.int64) * SIZE + own)[:, None]
@@ -89,7 +87,7 @@ def _backward_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def _add_queries_kernel(
     OUT, PART, CHOSEN, first, count, N, heads, none, o_row, o_head, o_token,
-    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TURNS: tl.constexpr, SLICES: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of what the heads ``first … first + heads`` have chosen to those by their queries."""
     own_head = (tl.program_id(0) % heads).to(tl.int64)
@@ -101,11 +99,10 @@ def _add_queries_kernel(
     place = (own_head * count + t) * TURNS
     out = OUT + ((t // N).to(tl.int64) * o_row + head * o_head + (t % N).to(tl.int64) * o_token)[:, None] + d[None, :]
     total = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-    for turn in tl.static_range(TURNS):
+    for turn in range(0, TURNS):
         chosen = tl.load(CHOSEN + (head * count + t) * TURNS + turn, mask=is_token, other=none)
-        for column in tl.static_range(SLICES):
-            part = PART + ((place + turn) * SLICES + column)[:, None] * D + d[None, :]
-            total += tl.load(part, mask=mask & (chosen < none)[:, None], other=0.0).to(tl.float32)
+        part = PART + (place + turn)[:, None] * D + d[None, :]
+        total += tl.load(part, mask=mask & (chosen < none)[:, None], other=0.0).to(tl.float32)
     tl.store(out, total.to(OUT.dtype.element_ty), mask=mask)
 
 
@@ -145,24 +142,24 @@ def add_backward(
     """Add to gradients those of what tokens have chosen; ``output`` and ``lse`` are of everything that they saw."""
     (B, H, N, D), (G, M, DV), turns = q.shape, v.shape[1:], choice.blocks.shape[2]
     repeats, sizes, blocks = H // G, sizes_of(BACKWARD, q, v, size), len(places.entries)
-    items, parts, slices = repeats * B * N * turns, cut(choice, G, LONGEST_PART), triton.cdiv(size, sizes.columns)
-    at_once = heads_at_once(G, turns * slices)
+    items, parts, at_once = repeats * B * N * turns, cut(choice, G, LONGEST_PART), heads_at_once(G, turns)
     delta, lse = row_sums(grad, output, lse), buffers.contiguous(BufferType.TEMP, lse)
-    part = buffers.empty(BufferType.TEMP, (at_once * items * slices, D), q.dtype, q.device)
+    part = buffers.empty(BufferType.TEMP, (at_once * items, D), q.dtype, q.device)
     shapes = [(at_once * parts.most, size, d) for d in (D, DV)]
     slots = [buffers.empty(BufferType.TEMP, shape, torch.float32, q.device) for shape in shapes]
     for first in range(0, G, at_once):  # one after the other, in the same scratch
         heads = min(at_once, G - first)
-        _backward_kernel[(heads * parts.most * slices,)](
-            q, k, v, grad, lse, delta, part, *slots, places.entries, choice.order, choice.starts, parts.starts,
-            parts.blocks, scale * LOG2E, scale, first, heads, items, parts.rows, B * N, blocks, N, M, H, repeats,
-            *_strides(q, k, v, grad), size, sizes.rows, sizes.columns, *_widths(q, v), turns, _precision(q), FIELDS,
-            num_warps=sizes.warps, num_stages=sizes.stages,
-        )  # fmt: skip
-        _add_queries_kernel[(triton.cdiv(B * N, 16) * heads * repeats,)](
-            grads[0], part, choice.blocks, first * repeats, B * N, N, heads * repeats, G * blocks, *_strides(grads[0]),
-            16, D, triton.next_power_of_2(D), turns, slices,
-        )  # fmt: skip
+        for column in range(triton.cdiv(size, sizes.columns)):
+            _backward_kernel[(heads * parts.most,)](
+                q, k, v, grad, lse, delta, part, *slots, places.entries, choice.order, choice.starts, parts.starts,
+                parts.blocks, scale * LOG2E, scale, column, first, heads, items, parts.rows, B * N, blocks, N, M, H,
+                repeats, *_strides(q, k, v, grad), size, sizes.rows, sizes.columns, *_widths(q, v), turns,
+                _precision(q), FIELDS, num_warps=sizes.warps, num_stages=sizes.stages,
+            )  # fmt: skip
+            _add_queries_kernel[(triton.cdiv(B * N, 16) * heads * repeats,)](
+                grads[0], part, choice.blocks, first * repeats, B * N, N, heads * repeats, G * blocks,
+                *_strides(grads[0]), 16, D, triton.next_power_of_2(D), turns,
+            )  # fmt: skip
         for total, slot in zip(grads[1:], slots, strict=True):
             d = slot.shape[2]
             _add_keys_kernel[(heads * blocks * triton.cdiv(size * d, NUMBERS),)](

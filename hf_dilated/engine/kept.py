@@ -4,15 +4,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from hf_dilated.engine.streamed import wide
 from hf_dilated.memory import BufferType, buffers
 from hf_dilated.patterns.partials import ForgettingPattern
-
-# cuDNN plans anew for every number of keys, and every token brings another
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def decode_kept(
@@ -28,7 +24,7 @@ def decode_kept(
     """Attend from the last token of a cache; nothing is synchronised.
 
     Nearly every key that is kept is visible, so all of them are read where they lie, once for each key-value head:
-    its query heads come as queries. How often a key counts is a bias, in the dtype of the query: where
+    its query heads come as queries. How often a key counts is a bias; on a CPU in the dtype of the query: where
     ``overlap="count"`` meets bfloat16, rounded like it.
 
     Args:
@@ -52,10 +48,20 @@ def decode_kept(
         bias = torch.where(sees, bias, -math.inf)
         bias = torch.cat([bias, sink_logits.to(bias)[:, None].expand(len(bias), H, 1)], 2)
         key, value = pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1))
-    query, bias = (x.unflatten(1, (G, H // G)) for x in (query.squeeze(2), bias.to(query.dtype)))
-    with sdpa_kernel(KERNELS):
-        output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    query, bias = (x.unflatten(1, (G, H // G)) for x in (query.squeeze(2), bias))
+    output = (_products if query.is_cuda else _one_kernel)(query, key, value, bias, scale)
     return torch.where(sees, output.flatten(1, 2), 0).unsqueeze(2)
+
+
+def _one_kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    return scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), scale=scale)
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """On a GPU, where cuDNN's attention plans anew for every number of keys, and every token brings another."""
+    dtype = wide(query.dtype)
+    scores = query.to(dtype) @ key.to(dtype).transpose(2, 3) * scale + bias
+    return (scores.softmax(-1) @ value.to(dtype)).to(query.dtype)
 
 
 def spread(x: Tensor, key_positions: Tensor, past: int, queries: int) -> Tensor:

@@ -159,7 +159,7 @@ class DilatedPattern:
         return [(s, tuple(h for h in range(heads) if residues[h] == s)) for s in sorted(set(residues))]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)  # layers of several models, a kilobyte each
 def _branch_tables(
     pattern: DilatedPattern, heads: int, kv_heads: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:

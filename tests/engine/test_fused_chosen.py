@@ -8,6 +8,7 @@ from hf_dilated.memory import BufferType, buffers
 from hf_dilated.patterns import BlockSparsePattern
 from hf_dilated.patterns.documents import Documents
 from tests.cases import Case
+from tests.engine.checks import assert_equals_oracle
 
 pytest.importorskip("triton")
 
@@ -59,6 +60,23 @@ def test_output_and_gradients(monkeypatch, size, columns, longest_part, options)
         results.append((output, *torch.autograd.grad(output, (x.query, x.key, x.value), grad)))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("_poisoned")
+def test_key_value_heads_share_launches():
+    """Two at once, and the fifth alone."""
+    torch.manual_seed(0)
+    config = BlockSparseConfig(block_size=8, topk_blocks=2)
+    case = Case(config, *(torch.randn(1, heads, 44, 8) for heads in (10, 5, 5)), {})
+    assert_equals_oracle(case, torch.float32, 2e-5)
+
+
+def test_more_choices_than_can_be_sorted_are_refused():
+    few = torch.empty(0)
+    places = fused_choice.Places(few, few, None)
+    query = torch.empty(1, 32, 1 << 20, 8, device="meta")
+    with pytest.raises(ValueError, match="topk_blocks: 64 blocks for each of 1,048,576 tokens of 32 heads"):
+        fused_choice.choose(places, 64, 128, query, query)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dilated import BlockParts, BlockSparseConfig, DilatedConfig, reference
+from hf_dilated.engine import kept
 from hf_dilated.engine.kept import decode_kept
 from hf_dilated.patterns import BlockSparsePattern, DilatedPattern
 from tests.cases import Config, block_configs, configs
@@ -80,7 +81,12 @@ def test_blocks_are_forgotten() -> None:
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("overlap", ["once", "count"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_half_precision(dtype: torch.dtype, overlap: str, with_sinks: bool) -> None:
+@pytest.mark.parametrize("way", ["_one_kernel", "_products"])
+def test_half_precision(
+    way: str, dtype: torch.dtype, overlap: str, with_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, and in the way of a GPU."""
+    monkeypatch.setattr(kept, "_one_kernel", getattr(kept, way))
     config = DilatedConfig(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4), overlap=overlap)
     query, key, value = (torch.randn(2, n, 40, 16).to(dtype) for n in (4, 2, 2))
     sinks = torch.randn(4).to(dtype) if with_sinks else None
