@@ -1,5 +1,6 @@
 """Documents laid end to end in rows of one length, each a world of its own."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from random import Random
@@ -70,6 +71,8 @@ class PackedRows(IterableDataset[dict[str, Tensor]]):
             raise ValueError(
                 f"dataloader_num_workers: {worker.num_workers} workers would each read everything; set it to 0 or 1"
             )
+        if worker is not None:  # the threads of a tokenizer are not there behind a fork
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         parts = _Parts(self)
         for row in range(self.rows):
             yield _row(parts.fill(min(self.length, self.curriculum.longest_at(row, self.rows))))

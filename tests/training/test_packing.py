@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from hf_dilated.training.curriculum import LengthCurriculum
 from hf_dilated.training.packing import IGNORED, PackedRows
+from tests.tiny_checkpoint import TEXT, tokenizer
 
 LESSON = 10_000  # a token that no document has
 
@@ -105,6 +106,15 @@ def test_several_workers_are_refused() -> None:
     rows = PackedRows(lambda epoch: [[1, 2]], length=4, rows=4)
     with pytest.raises(ValueError, match="2 workers would each read everything"):
         next(iter(DataLoader(rows, batch_size=2, num_workers=2)))
+
+
+def test_a_worker_that_is_forked_does_not_wait_for_threads_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    tokens = tokenizer()
+    expected = tokens([TEXT] * 64).input_ids[0]
+    rows = PackedRows(lambda epoch: tokens([TEXT] * 64).input_ids, length=len(expected), rows=1)
+    row = next(iter(DataLoader(rows, num_workers=1, multiprocessing_context="fork", timeout=60)))
+    assert row["input_ids"][0].tolist() == expected
 
 
 @pytest.mark.parametrize("text", ["", "2048", "2048:0.5,a:0.5", "2048:0.5", "1:1.0", "8:1.5,16:-0.5"])
