@@ -6,8 +6,10 @@
 Generated cases are the same in every run; ``pytest --hypothesis-profile=default`` searches for new ones.
 """
 
+import gc
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -17,3 +19,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run as plain Python
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_garbage() -> None:
+    """What is loaded by now stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
