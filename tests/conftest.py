@@ -26,3 +26,7 @@ def _little_garbage() -> None:
     """What is loaded by now stays: the garbage collector need not look at it again and again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is loaded goes with the process as ever

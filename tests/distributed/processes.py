@@ -5,14 +5,15 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 LIMIT = 120  # seconds for all ranks together
+Key, Result = TypeVar("Key"), TypeVar("Result")
 
 
 def free_port() -> int:
@@ -66,6 +67,14 @@ def run_on_ranks(
         for process in processes:
             process.join(2)
             process.kill()
+
+
+def divided(keys: Sequence[Key], compute: Callable[[Key], Result]) -> dict[Key, Result]:
+    """Return what ``compute`` gives for every key, on all ranks; each computes a part of it."""
+    own = {key: compute(key) for key in keys[dist.get_rank() :: dist.get_world_size()]}
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return {key: result for part in parts for key, result in part.items()}
 
 
 def _enter(rank: int, ranks: int, port: int, pipe: Any, function: Callable[..., Any], arguments: tuple) -> None:

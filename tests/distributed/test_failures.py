@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,11 @@ def slow(rank: int, where: str, slow_rank: int) -> str:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("slow_rank", [0, 1])
-@pytest.mark.parametrize("where", ["outside", "before a step", "before a communication"])
-def test_a_slow_rank_is_waited_for(where: str, slow_rank: int) -> None:
-    assert run_on_ranks(2, slow, where, slow_rank) == ["fine", "fine"]
+def test_a_slow_rank_is_waited_for(slow_rank: int) -> None:
+    places = ("outside", "before a step", "before a communication")
+    with ThreadPoolExecutor() as sleeping:  # at the same time
+        found = list(sleeping.map(lambda where: run_on_ranks(2, slow, where, slow_rank), places))
+    assert found == [["fine", "fine"]] * 3
 
 
 def leaves_last(rank: int, last: int) -> str:
@@ -137,9 +140,10 @@ def leaves_last(rank: int, last: int) -> str:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("last", [0, 1])
-def test_ranks_may_leave_one_after_the_other(last: int) -> None:
-    assert run_on_ranks(2, leaves_last, last) == ["fine", "fine"]
+def test_ranks_may_leave_one_after_the_other() -> None:
+    with ThreadPoolExecutor() as sleeping:
+        found = list(sleeping.map(lambda last: run_on_ranks(2, leaves_last, last), (0, 1)))
+    assert found == [["fine", "fine"]] * 2
 
 
 def without_the_store(rank: int) -> str:
