@@ -65,7 +65,7 @@ def test_small_tensors_need_no_segment_of_ours() -> None:
 
 @needs_cuda
 def test_the_same_to_the_bit() -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         spec = auto_configure_memory_pool(8192, cuda=True, smallest=1).spec
         for _ in range(3):
