@@ -51,12 +51,12 @@ TOLD = ("steps", "length", "learning_rate", "lesson_share", "layers", "hidden", 
 class Settings:
     """Everything that decides the result, apart from the text."""
 
-    steps: int = 1500
+    steps: int = 2000
     rows: int = 64
     length: int = 2048
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
-    lesson_share: float = 0.2
+    lesson_share: float = 0.45
     vocabulary: int = 3072
     hidden: int = 256
     layers: int = 5
