@@ -151,6 +151,7 @@ class BlockSparseConfig(BlockParts):
     layers: Layers = ()
     dense_layers: tuple[int, ...] = ()
     text: ClassVar[str]  # of every instance: what patterns read; made once, since a compiled function cannot make it
+    own: ClassVar[BlockParts]  # of every instance: the parts above
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,6 +168,8 @@ class BlockSparseConfig(BlockParts):
                 f"layers: hold the parts of every layer; {', '.join(super().to_dict())} beside them would mean nothing"
             )
         object.__setattr__(self, "text", str({**self.to_dict(), "dense_layers": []}))
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(BlockParts)}
+        object.__setattr__(self, "own", BlockParts(**own))
 
     @property
     def depends_on_layer(self) -> bool:
@@ -175,8 +178,7 @@ class BlockSparseConfig(BlockParts):
 
     def parts(self, layer: int = 0) -> tuple[BlockParts, ...]:
         """Parts of equally many query heads each, of a layer (counting only layers that run the pattern)."""
-        own = BlockParts(**{field.name: getattr(self, field.name) for field in dataclasses.fields(BlockParts)})
-        return self.layers[layer % len(self.layers)] if self.layers else (own,)
+        return self.layers[layer % len(self.layers)] if self.layers else (self.own,)
 
     def dense_length(self, layer: int = 0) -> int:
         """Longest document, in tokens, that ``layer`` certainly attends to exactly as dense attention does."""

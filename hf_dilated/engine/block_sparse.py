@@ -88,7 +88,7 @@ class BlockSparse(NamedTuple):
         return fused_backward.backward(queries, keys, split, self.pattern.config.block_size, self.is_causal, *tensors)
 
 
-@bounded_cache(TABLE_BYTES, KEPT)
+@bounded_cache(TABLE_BYTES, KEPT, grows=False)
 def flash_lists(
     pattern: BlockSparsePattern,
     documents: Documents,
@@ -99,46 +99,48 @@ def flash_lists(
     by_key: bool,
 ) -> Lists:
     """Lists for FlashAttention 4, of a row of the batch: for all heads, or for each if they differ."""
-    groups = pattern.groups(heads)
     requests, _ = _requests(np.array([[0, documents.keys]]), pattern.config.block_size, is_causal, by_key)
-    each = 1 if len(groups) == 1 else heads // len(groups)
-    return fused_block_lists.list_blocks(
-        _shown(pattern, len(requests), is_causal, heads, each, device), requests, by_key=by_key
-    )
+    groups = len(pattern.config.parts(pattern.layer))
+    shown = _shown_to(pattern, documents, is_causal, heads, 1 if groups == 1 else heads // groups, device)
+    lengths = fused_block_lists.list_lengths(shown, requests, by_key=by_key)
+    return fused_block_lists.list_blocks(shown, requests, lengths, by_key=by_key)[0]
 
 
-@bounded_cache(TABLE_BYTES, KEPT)
+@bounded_cache(TABLE_BYTES, KEPT, grows=False)
 def query_walk(
     pattern: BlockSparsePattern, documents: Documents, is_causal: bool, heads: int, device: torch.device
 ) -> "Walk":
     """What the blocks of queries see."""
     size = pattern.config.block_size
     spans = _spans(documents)
-    requests, offset = _requests(spans, size, is_causal, by_key=False)
+    kinds, kind = _kinds(spans)
+    requests, first = _requests(kinds, size, is_causal, by_key=False)
     own, block = _blocks(spans[:, 0] // size, -(-spans[:, 1] // size))
     sees_all = max(parts.global_blocks for parts in pattern.config.parts(pattern.layer)) if not is_causal else 0
     order = np.argsort(np.where(block < sees_all, np.iinfo(np.int64).min, -block), kind="stable")
     own, block = own[order], block[order]
     zero = np.zeros_like(block)
-    entries = _entries(documents, own, block, block + offset[own], zero, zero + 1, zero - 1)
-    shown = _shown(pattern, -(-max(documents.length) // size), is_causal, heads, 1, device)
-    lists = fused_block_lists.list_blocks(shown, requests, by_key=False)
-    (entries_there,) = to_device(device, entries)
+    entries = _entries(documents, own, block, block + first[kind][own], zero, zero + 1, zero - 1)
+    shown = _shown_to(pattern, documents, is_causal, heads, 1, device)
+    lengths = fused_block_lists.list_lengths(shown, requests, by_key=False)
+    lists, (entries_there,) = fused_block_lists.list_blocks(shown, requests, lengths, entries, by_key=False)
     is_full = int((spans[:, 1] - spans[:, 0]).sum()) == documents.rows * documents.queries
     return Walk(entries_there, lists, is_full)
 
 
-@bounded_cache(TABLE_BYTES, KEPT)
+@bounded_cache(TABLE_BYTES, KEPT, grows=False)
 def key_walk(
     pattern: BlockSparsePattern, documents: Documents, is_causal: bool, heads: int, device: torch.device
 ) -> tuple["Walk", "Split"]:
     """What sees the blocks of keys; long lists are cut, and their parts get slots."""
     size, spans = pattern.config.block_size, _spans(documents)
-    shown = _shown(pattern, -(-max(documents.length) // size), is_causal, heads, 1, device)
-    requests, offset = _requests(spans, size, is_causal, by_key=True)
+    shown = _shown_to(pattern, documents, is_causal, heads, 1, device)
+    kinds, kind = _kinds(spans)
+    requests, first = _requests(kinds, size, is_causal, by_key=True)
     own, block = _blocks(np.zeros_like(spans[:, 0]), -(-spans[:, 1] // size))
-    number = block + offset[own]
-    length = fused_block_lists.list_lengths(shown, requests, by_key=True)[number]
+    number = block + first[kind][own]
+    lengths = fused_block_lists.list_lengths(shown, requests, by_key=True)
+    length = lengths[number]
     parts = _parts(length, SLOTS * documents.rows * documents.keys // size)
     used = np.where(parts > 1, parts, 0)
     slot = np.cumsum(used) - used
@@ -151,13 +153,14 @@ def key_walk(
     which, turn = which[order], turn[order]
     slots = np.where(used[which] > 0, slot[which] + turn, -1)
     entries = _entries(documents, own[which], block[which], number[which], turn, parts[which], slots)
-    lists = fused_block_lists.list_blocks(shown, requests, by_key=True)
-    entries_there, split_there = to_device(device, entries, split)
+    lists, (entries_there, split_there) = fused_block_lists.list_blocks(
+        shown, requests, lengths, entries, split, by_key=True
+    )
     is_full = int(spans[:, 1].sum()) == documents.rows * documents.keys
     return Walk(entries_there, lists, is_full), Split(split_there, int(used.sum()))
 
 
-@bounded_cache(TABLE_BYTES, KEPT)
+@bounded_cache(TABLE_BYTES, KEPT, grows=False)
 def _places(pattern: BlockSparsePattern, documents: Documents, heads: int, device: torch.device) -> "Places":
     """Where the blocks lie among which tokens choose."""
     size, spans = pattern.config.block_size, _spans(documents)
@@ -167,20 +170,30 @@ def _places(pattern: BlockSparsePattern, documents: Documents, heads: int, devic
     fields = documents.key_base, documents.query_base, documents.first_query, documents.length
     entries = np.stack([*(np.array(field)[own] for field in fields), block, first], 1)
     rows = np.flatnonzero(block >= spans[own, 0] // size)[::-1]  # those with most to choose from first
-    shown = _shown(pattern, -(-max(documents.length) // size), True, heads, 1, device)
+    shown = _shown_to(pattern, documents, True, heads, 1, device)
     entries_there, rows_there = to_device(device, entries, rows)
     return Places(entries_there, rows_there, shown)
 
 
-@bounded_cache(TABLE_BYTES, KEPT)
-def _shown(
-    pattern: BlockSparsePattern, blocks: int, is_causal: bool, heads: int, each: int, device: torch.device
+def _shown_to(
+    pattern: BlockSparsePattern, documents: Documents, is_causal: bool, heads: int, each: int, device: torch.device
 ) -> "Shown":
-    """What the groups of heads see; every group ``each`` times."""
+    """What the groups of heads see; every group ``each`` times. It serves all lengths, or where blocks are random those
+    up to the next power of two."""
+    blocks = -(-max(documents.length) // pattern.config.block_size)
+    parts = pattern.config.parts(pattern.layer)
+    for own in parts:
+        check_mask(own, blocks)
+    rows = 1 << (blocks - 1).bit_length() if any(own.random_blocks for own in parts) else 0
+    return _shown(pattern, rows, is_causal, heads, each, device)
+
+
+@bounded_cache(TABLE_BYTES, KEPT, grows=False)
+def _shown(
+    pattern: BlockSparsePattern, rows: int, is_causal: bool, heads: int, each: int, device: torch.device
+) -> "Shown":
     groups = pattern.groups(heads)
-    for group in groups:
-        check_mask(group.parts, blocks)
-    return fused_block_lists.show([group for group in groups for _ in range(each)], blocks, is_causal, device)
+    return fused_block_lists.show([group for group in groups for _ in range(each)], rows, is_causal, device)
 
 
 def _spans(documents: Documents) -> Integers:
@@ -193,16 +206,20 @@ def _blocks(first: Integers, stop: Integers) -> tuple[Integers, Integers]:
     return np.repeat(np.arange(len(first)), stop - first), Spans(first, stop - first, 1).tokens()
 
 
-def _requests(spans: Integers, size: int, is_causal: bool, by_key: bool) -> tuple[Integers, Integers]:
-    """What to list: documents of one kind share their lists.
+def _kinds(spans: Integers) -> tuple[Integers, list[int]]:
+    """Documents of one kind share their lists: the spans that differ, and which of them is that of each document."""
+    number: dict[tuple[int, ...], int] = {}
+    kind = [number.setdefault(tuple(span), len(number)) for span in spans.tolist()]
+    return np.array(list(number)), kind
+
+
+def _requests(kinds: Integers, size: int, is_causal: bool, by_key: bool) -> tuple[Integers, Integers]:
+    """What to list.
 
     Returns:
         Requests as :func:`hf_dilated.engine.fused_block_lists.list_blocks` takes them, and what to add to a block of
-        each document to get the number of its request.
+        each kind of document to get the number of its request.
     """
-    number: dict[tuple[int, ...], int] = {}
-    kind = [number.setdefault(tuple(span), len(number)) for span in spans.tolist()]
-    kinds = np.array(list(number))
     low, total = kinds[:, 0] // size, -(-kinds[:, 1] // size)
     begin = np.zeros_like(low) if by_key else low
     own, block = _blocks(begin, total)
@@ -213,8 +230,7 @@ def _requests(spans: Integers, size: int, is_causal: bool, by_key: bool) -> tupl
     else:  # keys beyond the end have no gradient, so by key their block needs no mask
         low, high = low if by_key else np.zeros_like(block), total_of
         edge = np.where((kinds[own, 1] % size > 0) & (not by_key), total_of - 1, -1)
-    offset = np.cumsum(total - begin) - total
-    return np.stack([block, low, high, edge], 1), offset[kind]
+    return np.stack([block, low, high, edge], 1), np.cumsum(total - begin) - total
 
 
 def _entries(documents: Documents, own: Integers, block: Integers, *fields: Integers) -> Integers:

@@ -5,6 +5,7 @@ first, in a launch of its own, as :mod:`hf_dilated.patterns.blocks` draws it.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ FIELDS = 8
 CANDIDATES = 256  # that a program looks at in one step
 LARGEST_POWER = 30  # of a distance in blocks
 ALIGNED = 4  # 32-bit integers: Triton compiles one program for all tables that begin there
-LENGTHS = ["blocks", "count", "widest"]  # arguments that change with the length: one program serves all
+LENGTHS = ["rows", "count", "widest"]  # arguments that change with the length: one program serves all
 
 
 class Shown(NamedTuple):
@@ -31,16 +32,16 @@ class Shown(NamedTuple):
 
     Attributes:
         groups: The groups.
-        blocks: Of the longest document.
+        rows: For how many rows blocks are drawn, 0 if none are: a row draws the same in documents of any length.
         is_causal: Whether rows see only earlier blocks.
         parts: (h, FIELDS) int32: local, global, strided and dilated blocks, rows of the mask and where they begin,
             random blocks, and those that a token chooses.
         masks: int32, the bits of all masks row by row.
-        drawn: (h, blocks, most) int32 random blocks before each row, -1 for none.
+        drawn: (h, rows, most) int32 random blocks before each row, -1 for none.
     """
 
     groups: tuple[Group, ...]
-    blocks: int
+    rows: int
     is_causal: bool
     parts: Tensor
     masks: Tensor
@@ -74,12 +75,12 @@ def _shows(i, j, is_inside, own, masks, HAS_MASK: tl.constexpr, IS_CAUSAL: tl.co
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _draw_kernel(
-    DRAWN, parts, masks, numbers, blocks,
+    DRAWN, parts, masks, numbers, rows,
     MOST: tl.constexpr, TURNS: tl.constexpr, FIELDS: tl.constexpr, CANDIDATES: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """Draw blocks before a row's own one that no part shows: Floyd's ranks among them, then the blocks of the ranks."""
-    i = tl.program_id(0) % blocks
-    own = parts + (tl.program_id(0) // blocks) * FIELDS
+    i = tl.program_id(0) % rows
+    own = parts + (tl.program_id(0) // rows) * FIELDS
     place = tl.program_id(0).to(tl.int64) * MOST
     count = tl.load(own + 6)
     unseen = i * 0
@@ -125,7 +126,7 @@ def _seen(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _list_kernel(
-    WHOLE, COUNT, EDGE, EDGE_COUNT, requests, parts, masks, drawn, blocks, count, widest,
+    WHOLE, COUNT, EDGE, EDGE_COUNT, requests, parts, masks, drawn, rows, count, widest,
     MOST: tl.constexpr, FIELDS: tl.constexpr, CANDIDATES: tl.constexpr, HAS_MASK: tl.constexpr,
     IS_CAUSAL: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +144,7 @@ def _list_kernel(
     for begin in range(low, high, CANDIDATES):
         c = begin + tl.arange(0, CANDIDATES)
         seen = _seen(
-            c, block, c < high, own, masks, drawn + head.to(tl.int64) * blocks * MOST, MOST, HAS_MASK, IS_CAUSAL, BY_KEY
+            c, block, c < high, own, masks, drawn + head.to(tl.int64) * rows * MOST, MOST, HAS_MASK, IS_CAUSAL, BY_KEY
         )
         whole = (seen & (c != edge)).to(tl.int32)
         at = written + tl.cumsum(whole, 0) - 1
@@ -158,54 +159,58 @@ def _list_kernel(
     tl.store(EDGE_COUNT + place, has_edge)
 
 
-def show(groups: Sequence[Group], blocks: int, is_causal: bool, device: torch.device) -> Shown:
-    """Bring what groups of heads see to the device, and draw what is random."""
+def show(groups: Sequence[Group], rows: int, is_causal: bool, device: torch.device) -> Shown:
+    """Bring what groups of heads see to the device, and draw what is random for so many rows."""
     most = max(group.parts.random_blocks for group in groups)
     masks = [_words(group.parts) for group in groups]
     offsets = np.cumsum([0, *(len(mask) for mask in masks)])
     fields = [_fields(group.parts, offset) for group, offset in zip(groups, offsets, strict=False)]
     turns = np.array([[[turn_of(t, group.stream) for t in range(most)]] for group in groups], dtype=np.int64)
-    row = torch.from_numpy(np.arange(blocks))[:, None]
-    numbers = random_number(row, torch.from_numpy(turns)).numpy()  # (h, blocks, most)
+    row = torch.from_numpy(np.arange(rows))[:, None]
+    numbers = random_number(row, torch.from_numpy(turns)).numpy()  # (h, rows, most)
     parts, words, random = to_device(device, np.array(fields), np.concatenate(masks), numbers)
-    drawn = torch.empty(len(groups), blocks, most, dtype=torch.int32, device=device)
-    shown = Shown(tuple(groups), blocks, is_causal, parts, words, drawn)
-    if most:
-        _draw_kernel[(len(groups) * blocks,)](
-            drawn, parts, words, random, blocks,
+    drawn = torch.empty(len(groups), rows, most, dtype=torch.int32, device=device)
+    shown = Shown(tuple(groups), rows, is_causal, parts, words, drawn)
+    if numbers.size:
+        _draw_kernel[(len(groups) * rows,)](
+            drawn, parts, words, random, rows,
             most, triton.next_power_of_2(most), FIELDS, CANDIDATES, shown.has_mask,
         )  # fmt: skip
     return shown
 
 
-def list_blocks(shown: Shown, requests: Integers, *, by_key: bool) -> Lists:
+def list_blocks(
+    shown: Shown, requests: Integers, lengths: Integers, *tables: Integers, by_key: bool
+) -> tuple[Lists, list[Tensor]]:
     """List for all groups of heads what blocks see, or by key what sees them.
 
     Args:
         shown: What the groups see.
         requests: (L, 4) block; first and last + 1 of its candidates; its edge: the one seen through a mask, or -1.
+        lengths: What :func:`list_lengths` says of them.
+        tables: What else goes to the device, in the same transfer.
         by_key: Whether the blocks are of keys, and the candidates of queries.
     """
     device, shape = shown.parts.device, (1, len(shown.groups), len(requests))
-    (on_device,) = to_device(device, requests)
-    widest = _widest(shown, requests, by_key)
+    on_device, *others = to_device(device, requests, *tables)
+    widest = _widest(shown, requests, lengths, by_key)
     edge_count, whole_count = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
     edge, whole = (torch.empty(*shape, width, dtype=torch.int32, device=device) for width in (1, widest))
     _list_kernel[(shape[1] * shape[2],)](
-        whole, whole_count, edge, edge_count, on_device, shown.parts, shown.masks, shown.drawn, shown.blocks, shape[2],
+        whole, whole_count, edge, edge_count, on_device, shown.parts, shown.masks, shown.drawn, shown.rows, shape[2],
         widest, shown.drawn.shape[2], FIELDS, CANDIDATES, shown.has_mask, shown.is_causal, by_key,
     )  # fmt: skip
-    return Lists(edge_count, edge, whole_count, whole)
+    return Lists(edge_count, edge, whole_count, whole), others
 
 
 def to_device(device: torch.device, *tables: Integers) -> list[Tensor]:
-    """Bring tables to a device as 32-bit integers, in one transfer."""
-    starts = np.cumsum([0, *(-(-table.size // ALIGNED) * ALIGNED for table in tables)])
-    host = np.zeros(starts[-1], dtype=np.int32)
+    """Bring tables to a device as 32-bit integers, in one transfer, for which nobody waits."""
+    starts = [0, *accumulate(-(-table.size // ALIGNED) * ALIGNED for table in tables)]
+    host = torch.empty(starts[-1], dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     for start, table in zip(starts, tables, strict=False):
-        host[start : start + table.size] = table.ravel()
-    joined = torch.from_numpy(host).to(device)
-    return [joined[a : a + x.size].view(x.shape) for a, x in zip(starts.tolist(), tables, strict=False)]
+        host.numpy()[start : start + table.size] = table.ravel()
+    joined = host.to(device, non_blocking=True)
+    return [joined[a : a + x.size].view(x.shape) for a, x in zip(starts, tables, strict=False)]
 
 
 def _fields(parts: BlockParts, offset: int) -> list[int]:
@@ -224,11 +229,10 @@ def _words(parts: BlockParts) -> Integers:
     return np.packbits(padded, axis=1, bitorder="little").view("<i4").ravel().astype(np.int64)
 
 
-def _widest(shown: Shown, requests: Integers, by_key: bool) -> int:
+def _widest(shown: Shown, requests: Integers, lengths: Integers, by_key: bool) -> int:
     """Upper bound of the lengths of lists; nobody here knows how many rows draw the same block."""
-    is_drawn = any(group.parts.random_blocks for group in shown.groups) and (by_key or not shown.is_causal)
-    lengths = requests[:, 2] - requests[:, 1] if is_drawn else list_lengths(shown, requests, by_key=by_key)
-    return max(1, int(lengths.max()))
+    is_drawn = shown.drawn.shape[2] > 0 and (by_key or not shown.is_causal)
+    return max(1, int((requests[:, 2] - requests[:, 1] if is_drawn else lengths).max()))
 
 
 def list_lengths(shown: Shown, requests: Integers, *, by_key: bool) -> Integers:

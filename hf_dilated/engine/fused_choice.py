@@ -17,7 +17,7 @@ from hf_dilated.engine.fused_block_sparse import _load, _precision, _strides, _w
 from hf_dilated.memory import BufferType, buffers
 
 FIELDS = 6
-LENGTHS = ["U", "N", "M", "count", "blocks"]  # these change: one program serves all
+LENGTHS = ["U", "N", "M", "count", "drawn_rows"]  # these change: one program serves all
 COLUMNS = 64  # mean keys that a program looks at in one step; half as many in float32
 
 
@@ -94,7 +94,7 @@ def _mean_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _choose_kernel(
-    Q, MEAN, CHOSEN, places, rows, parts, masks, drawn, U, count, N, M, blocks, H, GROUP, REPEATS,
+    Q, MEAN, CHOSEN, places, rows, parts, masks, drawn, U, count, N, M, drawn_rows, H, GROUP, REPEATS,
     q_row, q_head, q_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     TURNS: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, HAS_MASK: tl.constexpr, TERMS: tl.constexpr,
@@ -138,7 +138,7 @@ def _choose_kernel(
             )
             score = tl.dot(q, tl.trans(mean), score * 0.00048828125, input_precision=PRECISION)
         seen = _seen(
-            j, block, j < block, own, masks, drawn + group.to(tl.int64) * blocks * MOST, MOST, HAS_MASK, True, False
+            j, block, j < block, own, masks, drawn + group.to(tl.int64) * drawn_rows * MOST, MOST, HAS_MASK, True, False
         )
         score = tl.where(((j < block) & ~seen)[None, :], score, float("-inf"))
         for _ in range(0, turns):
@@ -175,7 +175,7 @@ def choose(places: Places, turns: int, size: int, q: Tensor, k: Tensor) -> Choic
     tile = max(16, min(size, 64 if terms == 1 or D > 128 else 128))
     _choose_kernel[(len(places.rows) * triton.cdiv(size, tile) * H,)](
         q, mean, chosen, places.entries, places.rows, shown.parts, shown.masks, shown.drawn, U, B * N, N, M,
-        shown.blocks, H, H // len(shown.groups), H // G, *_strides(q), size, tile, columns, D, width,
+        shown.rows, H, H // len(shown.groups), H // G, *_strides(q), size, tile, columns, D, width,
         turns, max(2, triton.next_power_of_2(turns)), shown.drawn.shape[2], shown.has_mask, terms, _precision(q),
         FIELDS, PART_FIELDS, num_warps=8 if tile > 64 else 4, num_stages=2,
     )  # fmt: skip

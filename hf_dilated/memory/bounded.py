@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -15,7 +16,7 @@ T = TypeVar("T")
 Part = tuple[int, int]  # address and bytes of what an array or a tensor lies in
 
 AGAIN = 8  # all entries are measured again when one in so many is new: a miss costs as much as so many measurements
-NUMBERS: frozenset[type] = frozenset({bool, int, float})
+HOLD_NOTHING: frozenset[type] = frozenset({bool, int, float, str, range, type(None), torch.device, torch.dtype})
 
 
 @dataclass
@@ -27,14 +28,15 @@ class _Entry(Generic[T]):
 class BoundedCache(Generic[T]):
     """A function that remembers its results; of those beyond a limit the ones that were used last stay.
 
-    Arguments are kept with their results, and count as these do; what several entries share counts once. Both may grow,
-    as tables do that are made when they are first needed: while entries are few, all are measured again with every new
-    one, and while they are many, with every so many new ones. The newest entry stays, however large.
+    Arguments are kept with their results, and count as these do; what several entries share counts once. If they grow,
+    as tables do that are made when they are first needed, all entries are measured again with every new one while they
+    are few, and while they are many, with every so many new ones. The newest entry stays, however large.
 
     Args:
         function: What is remembered; its arguments are hashable.
         limit: Bytes of arrays, tensors and byte strings.
         most: Entries.
+        grows: Whether arguments hold anything, or results grow; if not, results alone are measured, once.
 
     Example:
         >>> squares = BoundedCache(lambda n: np.zeros(n), limit=100, most=8)
@@ -44,9 +46,9 @@ class BoundedCache(Generic[T]):
         (False, 80)
     """
 
-    def __init__(self, function: Callable[..., T], limit: int, most: int) -> None:
+    def __init__(self, function: Callable[..., T], limit: int, most: int, grows: bool = True) -> None:
         functools.update_wrapper(self, function)
-        self._function = function
+        self._function, self._grows = function, grows
         self.limit, self.most = limit, most
         self._lock = threading.RLock()
         self._entries: OrderedDict[Hashable, _Entry[T]] = OrderedDict()
@@ -82,12 +84,12 @@ class BoundedCache(Generic[T]):
             return self._entries[key].result
         self._entries[key] = _Entry(result)
         self._new += 1
-        if AGAIN * self._new >= len(self._entries):
+        if self._grows and AGAIN * self._new >= len(self._entries):
             self._new = 0
             for of_key, entry in self._entries.items():
                 self._hold(entry, _parts((of_key, entry.result)))
         else:
-            self._hold(self._entries[key], _parts((key, result)))
+            self._hold(self._entries[key], _parts((key, result) if self._grows else result))
         while len(self._entries) > 1 and (len(self._entries) > self.most or self._nbytes > self.limit):
             _, oldest = self._entries.popitem(last=False)
             self._hold(oldest, set())
@@ -106,9 +108,9 @@ class BoundedCache(Generic[T]):
         entry.parts = parts
 
 
-def bounded_cache(limit: int, most: int) -> Callable[[Callable[..., T]], BoundedCache[T]]:
+def bounded_cache(limit: int, most: int, *, grows: bool = True) -> Callable[[Callable[..., T]], BoundedCache[T]]:
     """Decorate a function with a :class:`BoundedCache`."""
-    return lambda function: BoundedCache(function, limit, most)
+    return lambda function: BoundedCache(function, limit, most, grows)
 
 
 def nbytes_of(x: Any) -> int:
@@ -140,12 +142,13 @@ def _find(x: Any, found: set[Part], seen: set[int]) -> None:
     elif id(x) not in seen:
         seen.add(id(x))
         for part in _inside(x):
-            _find(part, found, seen)
+            if type(part) not in HOLD_NOTHING:
+                _find(part, found, seen)
 
 
 def _inside(x: Any) -> Iterable[Any]:
     if isinstance(x, dict):
         return list(x.values())  # at once: others may add to it
     if isinstance(x, list | tuple):
-        return () if NUMBERS.issuperset(map(type, x)) else x
+        return () if HOLD_NOTHING.issuperset(map(type, x)) else x
     return list(vars(x).values()) if hasattr(x, "__dict__") and not isinstance(x, type) else ()

@@ -34,7 +34,7 @@ def _without_what_others_kept():
         cache.cache_clear()
 
 
-ROWS = 9
+ROWS = 8
 MIXED = BlockParts(local_blocks=2, stride_blocks=3, dilated_blocks=3, random_blocks=2)
 DRAWN = BlockParts(global_blocks=1, random_blocks=3)
 MASKED = BlockParts(
@@ -52,7 +52,7 @@ POPULAR = BlockParts(local_blocks=0, global_blocks=2, stride_blocks=4)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("by_key", [False, True])
 def test_lists(monkeypatch, parts, is_causal, by_key):
-    monkeypatch.setattr(fused_block_lists, "CANDIDATES", 8)  # more than one step
+    monkeypatch.setattr(fused_block_lists, "CANDIDATES", 4)  # more than one step
     pattern = BlockSparsePattern(config=BlockSparseConfig(block_size=16, seed=3, layers=(parts,)))
     documents = Documents.whole_rows(2, 16 * ROWS - 5, 16 * ROWS - 5)  # the last block is not whole
     lists = block_sparse.flash_lists(pattern, documents, is_causal, 2, torch.get_default_device(), by_key=by_key)
@@ -94,19 +94,31 @@ class Operators(TorchDispatchMode):
 
 
 def test_what_lists_cost(monkeypatch):
-    """However long a document is: transfers, a launch to draw and one to list; what is drawn serves both directions."""
+    """A transfer and a launch for every length and direction; for twice the blocks, one of each to draw among them."""
     launches = []
     for name in ("_draw_kernel", "_list_kernel"):
         monkeypatch.setattr(fused_block_lists, name, Kernel(launches))
     pattern = BlockSparsePattern(config=BlockSparseConfig(layers=((MIXED, BlockParts()),)))
-    for length in (500, 100_000):
+    for length, of_draws in ((500, 1), (400, 0), (100_000, 1), (131_072, 0), (70_000, 0)):
         documents = Documents.whole_rows(1, length, length)
-        for by_key, transfers, kernels in ((False, 2, 2), (False, 0, 0), (True, 1, 1), (True, 0, 0)):
+        for by_key, expected in ((False, 1 + of_draws), (False, 0), (True, 1), (True, 0)):
             with Operators() as operators, torch.device("meta"):
                 block_sparse.flash_lists(pattern, documents, True, 4, torch.device("meta"), by_key=by_key)
-            assert operators.found == ["_to_copy.default"] * transfers
-            assert len(launches) == kernels
+            assert operators.found == ["_to_copy.default"] * expected
+            assert len(launches) == expected
             launches.clear()
+
+
+def test_lengths_share_what_is_drawn():
+    """The longer document comes first: it draws for the shorter one."""
+    pattern = BlockSparsePattern(config=BlockSparseConfig(block_size=16, seed=3, layers=((DRAWN,),)))
+    for blocks in (ROWS, 5):
+        documents = Documents.whole_rows(1, 16 * blocks, 16 * blocks)
+        lists = block_sparse.flash_lists(pattern, documents, True, 1, torch.get_default_device(), by_key=False)
+        seen = reference.visible_blocks(DRAWN, blocks, True, (3, 0, 0))
+        for block in range(blocks):
+            whole = lists.whole[0, 0, block, : lists.whole_count[0, 0, block].item()].tolist()
+            assert whole == sorted(seen[block] - {block})
 
 
 BLOCKS = 512

@@ -47,6 +47,13 @@ def test_entries_are_counted_and_grow() -> None:
     assert cache.nbytes == 200
 
 
+def test_what_does_not_grow_is_measured_once() -> None:
+    cache = BoundedCache(lambda number: Result(np.zeros(100, np.uint8)), limit=350, most=9, grows=False)
+    cache(0).on_device["cpu"] = torch.zeros(300, dtype=torch.uint8)
+    cache(1)
+    assert cache.nbytes == 200
+
+
 def test_one_entry_may_be_larger_than_the_limit() -> None:
     cache = BoundedCache(lambda number: np.zeros(1000), limit=1, most=9)
     assert cache(0) is cache(0)
