@@ -18,7 +18,7 @@ import torch
 
 from hf_dilated import DilatedConfig
 from hf_dilated.integration.cache import PatternLayer
-from hf_dilated.integration.kept import Told
+from hf_dilated.integration.places import Places, Told
 from hf_dilated.patterns import DilatedPattern
 
 HEADS = ((32, 32), (32, 8), (14, 2))
@@ -72,13 +72,12 @@ def kept_keys(pattern: DilatedPattern, length: int, heads: int, kv_heads: int) -
 def held_keys(pattern: DilatedPattern, length: int, heads: int, kv_heads: int) -> int:
     """The same, counted in a cache that was filled with random numbers in three parts."""
     told = Told()
-    layer = PatternLayer(pattern, heads, told, drop_every=1)
+    layer = PatternLayer(Places.none(pattern, heads), told, drop_every=1)
     tokens = length - max(pattern.config.dilation_rates)
     for start, stop in ((0, tokens // 2), (tokens // 2, tokens - 1), (tokens - 1, tokens)):
-        told.slots = stop
+        told.hear(stop, None)
         layer.update(*torch.randn(2, 1, kv_heads, stop - start, 1))
-    assert layer.keys is not None
-    return layer.keys.shape[2]
+    return layer.places.closed().reduced()[0].used
 
 
 def measure(lengths: tuple[int, ...], check: bool) -> list[Row]:

@@ -1,67 +1,58 @@
 """Attention to a cache that has dropped what no later token sees."""
 
-import math
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
 
-from hf_dilated.engine.streamed import wide
+from hf_dilated.engine.kernels import attend_with_bias
 from hf_dilated.memory import BufferType, buffers
-from hf_dilated.patterns.partials import ForgettingPattern
+
+
+def kept_bias(count: Tensor, used: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """Turn how often keys count into a bias for :func:`decode_kept`.
+
+    Slots that hold no key yet are far below every score: who sees a key, does not see them, and who sees none, sees
+    their zeros.
+
+    Args:
+        count: (B or 1, G, H / G, C) numbers or bool.
+        used: Slots that hold a key; at least one does not.
+        rows: B.
+        dtype: Of the query.
+
+    Returns:
+        (B · G, 1, H / G, C).
+    """
+    bias = count.to(dtype).log_()
+    bias[..., used:] = torch.finfo(dtype).min / 4
+    return bias.expand(rows, -1, -1, -1).flatten(0, 1).unsqueeze(1)
 
 
 def decode_kept(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_positions: Tensor,
-    length: int,
-    pattern: ForgettingPattern,
-    scale: float,
-    sink_logits: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, sink_logits: Tensor | None = None
 ) -> Tensor:
-    """Attend from the last token of a cache; nothing is synchronised.
+    """Attend from the last token of a cache to all slots where they lie, in one call.
 
-    Nearly every key that is kept is visible, so all of them are read where they lie, once for each key-value head:
-    its query heads come as queries. How often a key counts is a bias; on a CPU in the dtype of the query: where
-    ``overlap="count"`` meets bfloat16, rounded like it.
+    Query heads that share keys come as queries, so that keys are read once. Where ``overlap="count"`` meets half
+    precision, the logarithms of the numbers are rounded like it.
 
     Args:
         query: (B, H, 1, D).
-        key: (B, G, M, D).
-        value: (B, G, M, Dv).
-        key_positions: (B or 1, G, M) position of the key in each slot, -1 for none; the last one is the query's own.
-        length: Larger than every position.
-        pattern: Who attends to whom.
+        key: (B, G, C, D), zero in slots that hold no key; the last one never does.
+        value: (B, G, C, Dv), alike.
+        bias: (B · G, 1, H / G, C) from :func:`kept_bias`.
         scale: Factor of the scores.
         sink_logits: (H,) learned logits that take part in every softmax of their head without a value.
 
     Returns:
         Output (B, H, 1, Dv).
     """
-    H, G = query.shape[1], key.shape[1]
-    count = pattern.counts(key_positions[:, 0, -1], key_positions, length, H, G).to(wide(query.dtype))
-    sees = count.any(2, keepdim=True)
-    bias = torch.where(sees, count.log(), 0.0)
+    (B, H), G = query.shape[:2], key.shape[1]
     if sink_logits is not None:
-        bias = torch.where(sees, bias, -math.inf)
-        bias = torch.cat([bias, sink_logits.to(bias)[:, None].expand(len(bias), H, 1)], 2)
-        key, value = pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1))
-    query, bias = (x.unflatten(1, (G, H // G)) for x in (query.squeeze(2), bias))
-    output = (_products if query.is_cuda else _one_kernel)(query, key, value, bias, scale)
-    return torch.where(sees, output.flatten(1, 2), 0).unsqueeze(2)
-
-
-def _one_kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    return scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), scale=scale)
-
-
-def _products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """On a GPU, where cuDNN's attention plans anew for every number of keys, and every token brings another."""
-    dtype = wide(query.dtype)
-    scores = query.to(dtype) @ key.to(dtype).transpose(2, 3) * scale + bias
-    return (scores.softmax(-1) @ value.to(dtype)).to(query.dtype)
+        sinks = sink_logits.to(bias.dtype).view(1, G, H // G).expand(B, -1, -1).reshape(B * G, 1, H // G, 1)
+        bias = torch.cat([bias[..., :-1], sinks], 3)
+    query = query.reshape(B * G, 1, H // G, -1)
+    key, value = (x.flatten(0, 1).unsqueeze(1) for x in (key, value))
+    return attend_with_bias(query, key, value, bias, scale).view(B, H, 1, -1)
 
 
 def spread(x: Tensor, key_positions: Tensor, past: int, queries: int) -> Tensor:
@@ -69,7 +60,7 @@ def spread(x: Tensor, key_positions: Tensor, past: int, queries: int) -> Tensor:
 
     Args:
         x: (B, G, M, D); the last ``queries`` slots are new.
-        key_positions: (B or 1, G, M) as in :func:`decode_kept`.
+        key_positions: (B or 1, G, M) position of the key in each slot, -1 for none.
         past: Tokens before the new ones, at most over the rows.
         queries: N.
 

@@ -8,10 +8,11 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_dilated.integration.backends import BACKENDS
-from hf_dilated.integration.kept import Kept, Slots, Told, remember
+from hf_dilated.integration.kept import Slots, refuse_gradients, remember
 from hf_dilated.integration.layers import layer_pattern
 from hf_dilated.integration.memory import cache_memory
 from hf_dilated.integration.persistence import stored_config
+from hf_dilated.integration.places import Places, Room, Select, Told
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.memory import BufferType, buffers
 from hf_dilated.patterns import DensePattern
@@ -56,12 +57,15 @@ class PatternCache(Cache):
             raise ValueError(f"drop_every: expected at least 1, got {drop_every}")
         self.told = Told()
         memory = cache_memory(text, self.backend)
+        heads = text.num_attention_heads
+        start: dict[str, Places] = {}
         layers = DynamicCache(config=config).layers
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                pattern = layer_pattern(text, index, None, BACKENDS[self.backend].name)
+                pattern: Any = layer_pattern(text, index, None, BACKENDS[self.backend].name)
                 if not isinstance(pattern, DensePattern):
-                    layers[index] = PatternLayer(pattern, text.num_attention_heads, self.told, drop_every, memory)
+                    none = start.setdefault(pattern.spec, Places.none(pattern, heads))
+                    layers[index] = PatternLayer(none, self.told, drop_every, memory)
         super().__init__(layers=layers)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -93,95 +97,94 @@ class BlockSparseCache(PatternCache):
 class PatternLayer(DynamicLayer):
     """The keys and values of one layer, those that a later token sees.
 
+    Several tokens are put behind what is kept, and then all is reduced. Tokens that come one by one are written into
+    room that is kept behind; when it is full, keys and values move to where there is room again.
+
     Attributes:
-        positions: (B or 1, G, M) position of every key in its document, -1 for padding. Key-value heads and rows that
-            need fewer keys than others keep a few more, which no query counts.
-        tokens: (B or 1,) number of tokens of each row so far, without padding.
-        seen: Number of slots so far, with padding.
+        places: Where the keys stand; layers that are given the same ones share all that follow from them.
     """
 
     is_croppable = False
     keys: Tensor | None
     values: Tensor | None
 
-    def __init__(self, pattern: Any, heads: int, told: Told, drop_every: int, memory: str = "") -> None:
+    def __init__(self, places: Places, told: Told, drop_every: int, memory: str = "") -> None:
         super().__init__()
-        self.pattern: ForgettingPattern = pattern
-        self.heads = heads
+        self.places: Places | Room = places
         self.told = told
         self.drop_every = drop_every
         self.memory = memory
-        self.positions: Tensor | None = None
         self.is_initialized = False
-        self.tokens = torch.zeros(1, dtype=torch.long)
-        self.seen = 0
-        self.has_dropped = False
-        _check_forgets(pattern, heads)
+        _check_forgets(places.pattern, places.heads)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the keys (B, G, N, D) and values of new tokens; return them behind those that were kept."""
         if torch.compiler.is_compiling():
             raise UnsupportedError("past_key_values: a cache that drops keys cannot be compiled; use a static cache")
-        self.seen += key_states.shape[2]
-        new = self._new_positions(key_states)
-        keys, values, positions = key_states, value_states, new[:, None].expand(-1, key_states.shape[1], -1)
-        past = torch.zeros_like(new[:, 0])
-        if self.keys is not None and self.values is not None and self.positions is not None:
-            with buffers.using(self.memory):
-                keys = buffers.joined(BufferType.CACHE, [self.keys, keys], 2)
-                values = buffers.joined(BufferType.CACHE, [self.values, values], 2)
-            rows, past = max(len(self.positions), len(positions)), self.tokens
-            positions = torch.cat([x.expand(rows, -1, -1) for x in (self.positions, positions)], 2)
-        else:
+        if self.keys is not None and self.values is not None and key_states.shape[2] == 1:
+            return self._write(self.keys, self.values, key_states, value_states)
+        return self._join(key_states, value_states)
+
+    def _join(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put tokens behind, and drop what none after them sees; keys and values of before that are returned."""
+        places = self.places.joined(self.told, keys)
+        if self.keys is None or self.values is None:
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.keys, self.values, self.positions = keys, values, positions
-        self.tokens = torch.maximum(past, new.amax(1) + 1)
-        if self.has_dropped:
-            remember(keys, Kept(positions, past.expand(len(positions)), self.seen, self.pattern, self.heads))
-        if key_states.shape[2] > 1 or self.seen % self.drop_every == 0:
-            self._drop()
+        else:
+            used = self.places.used
+            with buffers.using(self.memory):
+                keys = buffers.joined(BufferType.CACHE, [self.keys[:, :, :used], keys], 2)
+                values = buffers.joined(BufferType.CACHE, [self.values[:, :, :used], values], 2)
+        if places.has_dropped:
+            remember(keys, places)
+        self.places, order = places.reduced()
+        self.keys, self.values = (self._chosen(x, order) for x in (keys, values))
         return keys, values
 
-    def _new_positions(self, key_states: Tensor) -> Tensor:
-        """Positions (B or 1, N) of the new tokens."""
-        if self.told.slots != self.seen:
-            raise UnsupportedError(
-                f"past_key_values: the mask told of {self.told.slots} tokens, the cache has {self.seen}; pass the "
-                "padding mask (batch, tokens) and let the model make its own"
+    def _write(self, keys: Tensor, values: Tensor, new_key: Tensor, new_value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token into the room behind the others; all slots are returned."""
+        refuse_gradients(new_key, new_value)
+        room = self.places
+        if isinstance(room, Places) or room.is_full or not _takes(keys, new_key):
+            before, order = room.closed().reduced()
+            room = before.with_room(self.drop_every)
+            keys, values = (
+                self._with_room(self._chosen(x, order), before.used, room.slots, new.dtype)
+                for x, new in ((keys, new_key), (values, new_value))
             )
-        N, device = key_states.shape[2], key_states.device
-        if self.told.positions is None:
-            return torch.arange(self.seen - N, self.seen, device=device)[None]
-        return self.told.positions[:, -N:].to(device)
+        after = room.advanced(self.told)
+        keys.select(2, room.used).copy_(new_key.squeeze(2))
+        values.select(2, room.used).copy_(new_value.squeeze(2))
+        self.keys, self.values, self.places = keys, values, after
+        remember(keys, after)
+        return keys, values
 
-    def _drop(self) -> None:
-        """Bring together, at the end of the slots, what a later token sees."""
-        assert self.keys is not None
-        assert self.values is not None
-        assert self.positions is not None
-        B, G, M, _ = self.keys.shape
-        kept = self.pattern.kept(self.positions, self.tokens, self.heads, G)
-        count = int(kept.sum(2).max())
-        if count == M:
-            return
-        order = kept.to(torch.uint8).argsort(dim=2, stable=True)[..., M - count :]
-        self.positions = self.positions.expand_as(kept).gather(2, order)
-        order = order.expand(B, -1, -1)[..., None]
+    def _chosen(self, x: Tensor, slots: Tensor | None) -> Tensor:
+        """Keys (or values) in slots (B or 1, G, M), of all if there is nothing to choose."""
+        if slots is None:
+            return x
+        B, D = len(x), x.shape[3]
         with buffers.using(self.memory):
-            self.keys, self.values = (
-                buffers.chosen(BufferType.CACHE, x, 2, order.expand(-1, -1, -1, x.shape[3]))
-                for x in (self.keys, self.values)
+            return buffers.chosen(BufferType.CACHE, x, 2, slots.expand(B, -1, -1)[..., None].expand(-1, -1, -1, D))
+
+    def _with_room(self, x: Tensor, used: int, slots: int, dtype: torch.dtype) -> Tensor:
+        """Put the used slots of x before zeros."""
+        B, G, _, D = x.shape
+        with buffers.using(self.memory):
+            result = buffers.full(
+                BufferType.CACHE, (B, G, slots, D), 0.0, torch.promote_types(x.dtype, dtype), x.device
             )
-        self.has_dropped = True
+        result[:, :, :used] = x[:, :, :used]
+        return result
 
     def get_seq_length(self) -> int:
         """Number of tokens so far, also those whose keys are gone."""
-        return self.seen
+        return self.places.seen
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.positions = None
-        self.is_initialized, self.seen, self.has_dropped = False, 0, False
+        self.keys = self.values = None
+        self.is_initialized, self.places = False, self.places.emptied()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what was dropped cannot come back."""
@@ -200,20 +203,23 @@ class PatternLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        self._select(lambda x: x[indices.to(x.device)])
+        self._select(lambda x: x[indices.to(x.device)], indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        self._select(lambda x: x.repeat_interleave(repeats, 0))
+        self._select(lambda x: x.repeat_interleave(repeats, 0), repeats)
 
-    def _select(self, select: Any) -> None:
-        if self.keys is None or self.values is None or self.positions is None:
+    def _select(self, select: Select, cause: object) -> None:
+        """Take rows; the cause is the same object for all layers."""
+        if self.keys is None or self.values is None:
             return
-        if len(self.positions) == len(self.keys):
-            self.positions = select(self.positions)
-        if len(self.tokens) == len(self.keys):
-            self.tokens = select(self.tokens)
+        self.places = self.places.selected(select, cause)
         self.keys, self.values = select(self.keys), select(self.values)
+
+
+def _takes(keys: Tensor, new: Tensor) -> bool:
+    """Whether a new key can be written behind others; what inference mode has made, only inference mode changes."""
+    return keys.dtype == new.dtype and (torch.is_inference_mode_enabled() or not keys.is_inference())
 
 
 def _check_forgets(pattern: ForgettingPattern, heads: int) -> None:

@@ -5,7 +5,6 @@ the cache gives for the mask is a :class:`Slots`, through which the mask functio
 tokens; and the keys that the cache returns are remembered here with the positions that they have.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,22 +13,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_dilated.engine.kept import decode_kept, spread
 from hf_dilated.functional import attend
+from hf_dilated.integration.places import Places, Room, Told
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.memory import buffers
-from hf_dilated.patterns.partials import ForgettingPattern
-
-
-@dataclass
-class Told:
-    """What the mask function has said about the tokens of the current forward.
-
-    Args:
-        slots: Number of tokens so far, with the new ones; -1 before anything was said.
-        positions: (B, slots) position of each token in its document, -1 for padding; None if rows are whole documents.
-    """
-
-    slots: int = -1
-    positions: Tensor | None = None
 
 
 class Slots(int):
@@ -48,37 +34,18 @@ class Slots(int):
 def tell(slots: int, positions: Tensor | None) -> None:
     """Say where the tokens in a number of slots stand, if a cache wants to know."""
     if isinstance(slots, Slots):
-        slots.told.slots, slots.told.positions = int(slots), positions
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """Keys of a cache that has dropped some.
-
-    Args:
-        positions: (B or 1, G, M) position of each key, -1 for none; the last N are the queries' own.
-        past: (B or 1,) number of tokens of each row before the queries.
-        length: Number of slots so far, with the queries; at least that of tokens.
-        pattern: What was dropped is what later tokens of this pattern do not see.
-        heads: Query heads H.
-    """
-
-    positions: Tensor
-    past: Tensor
-    length: int
-    pattern: ForgettingPattern
-    heads: int
+        slots.told.hear(int(slots), positions)
 
 
 _kept = WeakIdKeyDictionary()
 
 
-def remember(key: Tensor, kept: Kept) -> None:
-    """Say what the keys that a cache returns are."""
-    _kept[key] = kept
+def remember(key: Tensor, places: Places | Room) -> None:
+    """Say where the keys that a cache returns stand."""
+    _kept[key] = places
 
 
-def kept_keys(key: Tensor) -> Kept | None:
+def kept_keys(key: Tensor) -> Places | Room | None:
     """What the cache has said about these keys; None if they are all that there are."""
     return None if torch.compiler.is_compiling() else _kept.get(key)
 
@@ -88,7 +55,7 @@ def attend_kept(
     key: Tensor,
     value: Tensor,
     pattern: Any,
-    kept: Kept,
+    kept: Places | Room,
     *,
     are_whole: bool,
     scale: float | None,
@@ -112,13 +79,12 @@ def attend_kept(
             "past_key_values: the cache was made for another pattern or another number of heads; make one from this "
             "model's configuration"
         )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        raise UnsupportedError("past_key_values: no gradients flow through dropped keys; use torch.no_grad()")
-    N = query.shape[2]
-    if N == 1:
+    refuse_gradients(query, key, value)
+    if isinstance(kept, Room):
         scale = query.shape[3] ** -0.5 if scale is None else scale
-        return decode_kept(query, key, value, kept.positions, kept.length, pattern, scale, sink_logits)
-    past = kept.length - N if are_whole else int(kept.past.max())
+        return decode_kept(query, key, value, kept.bias(len(query), query.dtype), scale, sink_logits)
+    N = query.shape[2]
+    past = kept.seen - N if are_whole else int(kept.past.max())
     positions = None if are_whole else _all_positions(kept, past, N)
     with buffers.using(memory):
         key, value = (spread(x, kept.positions, past, N) for x in (key, value))
@@ -129,7 +95,13 @@ def attend_kept(
     return output
 
 
-def _all_positions(kept: Kept, past: int, queries: int) -> Tensor:
+def refuse_gradients(*tensors: Tensor) -> None:
+    """Refuse what autograd would have to follow."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise UnsupportedError("past_key_values: no gradients flow through dropped keys; use torch.no_grad()")
+
+
+def _all_positions(kept: Places, past: int, queries: int) -> Tensor:
     """Positions (B, past + N), on the CPU, after every key was put back in its place."""
     slot = torch.arange(past)
     earlier = torch.where(slot < kept.past.cpu()[:, None], slot, -1)

@@ -157,22 +157,36 @@ class BlockSparsePattern:
             kept[:, own] |= later_rows_see(group.parts, row, block[:, own])
         return kept & (key_position >= 0)
 
-    def counts(self, position: Tensor, key_position: Tensor, length: int, heads: int, kv_heads: int) -> Tensor:
-        """Say how often keys count (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the smallest mask (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+        rows = [len(parts.block_mask) for parts in self.config.parts(self.layer) if parts.block_mask is not None]
+        return min(rows) * self.config.block_size if rows else None
+
+    def marks(self, position: Tensor) -> Tensor:
+        """Number the blocks of keys from 1; 0 is none (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+        return position.unsqueeze(-2) // self.config.block_size + 1
+
+    def sight(self, position: Tensor, length: int, heads: int, kv_heads: int) -> Tensor:
+        """Which blocks a row shows to a group of heads, as bool; before them False for none."""
         size = self.config.block_size
         blocks = -(-length // size)
-        rows = []
+        query = position.flatten()
+        groups = []
         for group in self.groups(heads):
             check_mask(group.parts, blocks)
-            seen = earlier_blocks(group.parts, position.clamp(min=0) // size, blocks, group.stream)
-            shown = torch.zeros(len(position), blocks + 1, device=position.device)
-            shown.scatter_(1, seen.clamp(max=blocks), 1.0)
-            shown[:, blocks] = 0
-            own = [head * kv_heads // heads for head in group.heads]
-            block = key_position[:, own].clamp(min=0) // size  # (B, heads, M)
-            rows.append(shown[:, None].expand(-1, len(own), -1).gather(2, block.expand(len(position), -1, -1)))
-        is_seen = (key_position >= 0) & (key_position <= position[:, None, None])
-        return torch.cat(rows, 1) * is_seen.repeat_interleave(heads // kv_heads, 1)
+            seen = earlier_blocks(group.parts, query.clamp(min=0) // size, blocks, group.stream)
+            shown = torch.zeros(len(query), blocks + 2, dtype=torch.bool, device=position.device)
+            shown.scatter_(1, seen.clamp(max=blocks) + 1, True)
+            groups.append(shown[:, :-1] & (query >= 0)[:, None])
+        return torch.stack(groups, 1).unflatten(0, position.shape)
+
+    def counts(self, sight: Tensor, marks: Tensor, heads: int) -> Tensor:
+        """Look the blocks of keys up (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+        rows, G = max(len(sight), len(marks)), marks.shape[1]
+        groups = sight.shape[1]
+        per_head = sight.unsqueeze(2).expand(rows, -1, heads // groups, -1).reshape(rows, G, heads // G, -1)
+        return per_head.gather(3, marks.expand(rows, -1, heads // G, -1))
 
     def tiles(self, group: Group, documents: Documents, is_causal: bool, device: str | torch.device) -> Tiles:
         """List the blocks of queries that lie in documents, with the blocks of keys that they see."""

@@ -117,30 +117,44 @@ class DilatedPattern:
         g, next_ = key_position - S + self.phase, (following.clamp(min=S) - S + self.phase)[:, None, None]
         kv_head = torch.arange(kv_heads, device=device)[:, None]
         for w, r in self.branches:
-            is_own = torch.zeros(kv_heads, r, dtype=torch.bool)
-            for head in range(heads):
-                is_own[head * kv_heads // heads, self.residue(head, r, heads, kv_heads)] = True
             residue = g % w % r
             last = w - 1 - (w - 1 - residue) % r  # of the segment's tokens on this residue
-            meets = (g // w == next_ // w) & (last >= next_ % w) & is_own.to(device)[kv_head, residue]
-            kept |= meets & (key_position >= S)
+            is_own = _own_residues(self, r, heads, kv_heads, device)[kv_head, residue]
+            kept |= (g // w == next_ // w) & (last >= next_ % w) & is_own & (key_position >= S)
         return kept
 
-    def counts(self, position: Tensor, key_position: Tensor, length: int, heads: int, kv_heads: int) -> Tensor:
-        """Say how often keys count (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+    @property
+    def longest(self) -> int | None:
+        """No limit (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+        return None
+
+    def marks(self, position: Tensor) -> Tensor:
+        """Number the residues of all segments, branch by branch; then 0 for sinks. NaN is none, and equals nothing."""
+        position = position.unsqueeze(-2)
         S = self.config.sink_tokens
-        segment, rate, residue = _branch_tables(self, heads, kv_heads, key_position.device)
-        g, other = position[:, None, None] - S + self.phase, key_position[:, :, None] - S + self.phase
-        is_on = (g % segment % rate).transpose(1, 2) == residue  # (B, H, branches)
-        g = g.unsqueeze(3)
-        meets = (other >= g // segment * segment) & ((other - g) % rate == 0)  # (B, G, branches, M)
-        count = is_on.float().unflatten(1, (kv_heads, -1)) @ meets.float()
-        if self.config.overlap == "once":
-            count = count.clamp(max=1)
-        position = position[:, None, None]
-        on_grid = (position >= S) & (key_position >= S)
-        is_seen = (key_position >= 0) & (key_position <= position)
-        return (torch.where(on_grid.unsqueeze(2), count, 1.0) * is_seen.unsqueeze(2)).flatten(1, 2)
+        segment, rate, _ = _branch_tables(self, 1, 1, position.device)
+        g = position - S + self.phase
+        number = torch.where(position >= S, (g // segment * rate + g % segment % rate).double(), math.nan)
+        if not S:
+            return number
+        return torch.cat([number, _zero_if((position >= 0) & (position < S))], -2)
+
+    def sight(self, position: Tensor, length: int, heads: int, kv_heads: int) -> Tensor:
+        """The marks that a query's heads look for, NaN in branches whose residue they do not stand on."""
+        marks = self.marks(position).transpose(-1, -2)[:, :, None]  # (B, T, 1, K)
+        _, rate, residue = _branch_tables(self, heads, kv_heads, position.device)
+        branches = len(self.branches)
+        is_on = marks[..., :branches] % rate[:, 0] == residue
+        number = torch.where(is_on, marks[..., :branches], math.nan)
+        if not self.config.sink_tokens:
+            return number
+        sinks = _zero_if(position >= 0)[..., None, None]
+        return torch.cat([number, sinks.expand(*position.shape, heads, 1)], 3)
+
+    def counts(self, sight: Tensor, marks: Tensor, heads: int) -> Tensor:
+        """Count the marks that are looked for (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+        found = sight.unflatten(1, (marks.shape[1], -1)).unsqueeze(4) == marks.unsqueeze(2)  # (B, G, H / G, K, M)
+        return found.any(3) if self.config.overlap == "once" else found.sum(3)
 
     def residue(self, head: int, rate: int, heads: int, kv_heads: int) -> int:
         """Residue modulo ``rate`` of the tokens that a query head keeps."""
@@ -167,6 +181,19 @@ def _branch_tables(
     residue = [[pattern.residue(head, r, heads, kv_heads) for _, r in pattern.branches] for head in range(heads)]
     segment, rate = torch.tensor(pattern.branches, device=device).T.unsqueeze(2)
     return segment, rate, torch.tensor(residue, device=device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _own_residues(pattern: DilatedPattern, rate: int, heads: int, kv_heads: int, device: torch.device) -> Tensor:
+    """Which residues (G, rate) the query heads of key-value heads keep, on a device."""
+    own = torch.zeros(kv_heads, rate, dtype=torch.bool, device="cpu")
+    for head in range(heads):
+        own[head * kv_heads // heads, pattern.residue(head, rate, heads, kv_heads)] = True
+    return own.to(device)
+
+
+def _zero_if(condition: Tensor) -> Tensor:
+    return torch.where(condition, 0.0, math.nan).double()
 
 
 def _nested(inner: int, outer: int) -> Iterator[tuple[int, int]]:

@@ -127,16 +127,37 @@ class ForgettingPattern(Pattern, Protocol):
         """
         ...
 
-    def counts(self, position: Tensor, key_position: Tensor, length: int, heads: int, kv_heads: int) -> Tensor:
-        """Say how often each key counts for one causal query.
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest document; None for no limit."""
+        ...
+
+    def marks(self, position: Tensor) -> Tensor:
+        """What decides which queries see the keys at positions (…, M), -1 for none: (…, K, M)."""
+        ...
+
+    def sight(self, position: Tensor, length: int, heads: int, kv_heads: int) -> Tensor:
+        """What causal queries look for among the marks of keys.
 
         Args:
-            position: (B,) of the query; -1 for padding, which sees nothing.
-            key_position: (B, G, M) as for :meth:`kept`.
+            position: (B, T) of the queries; -1 for padding, which sees nothing.
             length: Larger than every position.
 
         Returns:
-            (B, H, M) float32. Runs on the device without synchronising.
+            (B, T, H', K'); heads may share an entry.
+        """
+        ...
+
+    def counts(self, sight: Tensor, marks: Tensor, heads: int) -> Tensor:
+        """Say how often keys, none of which comes after the query, count for one query.
+
+        Args:
+            sight: (B, H', K') of the query.
+            marks: (B, G, K, M) of the keys.
+            heads: Query heads H.
+
+        Returns:
+            (B, G, H / G, M) integers or bool. Runs on the device without synchronising, in very few operators.
         """
         ...
 

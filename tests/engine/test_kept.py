@@ -4,17 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from hf_dilated import BlockParts, BlockSparseConfig, DilatedConfig, reference
-from hf_dilated.engine import kept
-from hf_dilated.engine.kept import decode_kept
+from hf_dilated.engine.kept import decode_kept, kept_bias
 from hf_dilated.patterns import BlockSparsePattern, DilatedPattern
 from tests.cases import Config, block_configs, configs
 
 LENGTH = 40
+Pattern = DilatedPattern | BlockSparsePattern
 
 
-def pattern_of(config: Config, layer: int) -> DilatedPattern | BlockSparsePattern:
+def pattern_of(config: Config, layer: int) -> Pattern:
     return (DilatedPattern if isinstance(config, DilatedConfig) else BlockSparsePattern)(config=config, layer=layer)
 
 
@@ -27,6 +28,12 @@ def multiplicity(config: Config, heads: int, kv_heads: int, layer: int) -> torch
     nothing = torch.zeros(1, heads, LENGTH, 1)
     weights = reference.block_sparse_attention(nothing, nothing[:, :kv_heads], value, config, layer=layer)
     return (weights[0] > 0).long()
+
+
+def counts_of(pattern: Pattern, queries: list[int], positions: torch.Tensor, heads: int) -> torch.Tensor:
+    """How often keys (1, G, M) count for queries: (queries, G, H / G, M)."""
+    sight = pattern.sight(torch.tensor([queries]), LENGTH, heads, positions.shape[1])[0]
+    return pattern.counts(sight, pattern.marks(positions), heads)
 
 
 def forgets(config: Config, layer: int) -> bool:
@@ -46,11 +53,11 @@ def test_against_the_oracle(config: Config, layer: int, kv_heads: int, repeats: 
     pattern = pattern_of(config, layer)
     m = multiplicity(config, heads, kv_heads, layer)
     order = torch.stack([torch.randperm(LENGTH) for _ in range(kv_heads)])[None]
-    counts = pattern.counts(torch.tensor([position]), order, LENGTH, heads, kv_heads)[0]
+    earlier = torch.where(order <= position, order, -1)
+    own, padding = counts_of(pattern, [position, -1], earlier, heads)
     expected = m[:, position].gather(1, order[0].repeat_interleave(repeats, 0))
-    assert torch.equal(counts, expected.float())
-    padded = pattern.counts(torch.tensor([-1]), torch.where(order < 3, -1, order), LENGTH, heads, kv_heads)
-    assert not padded.any()
+    assert torch.equal(own.flatten(0, 1).long(), expected)
+    assert not padding.any()
     if not forgets(config, layer):
         with pytest.raises(ValueError, match="random_blocks: a later token may choose any block"):
             pattern.kept(order, torch.tensor([position]), heads, kv_heads)
@@ -81,17 +88,13 @@ def test_blocks_are_forgotten() -> None:
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("overlap", ["once", "count"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("way", ["_one_kernel", "_products"])
-def test_half_precision(
-    way: str, dtype: torch.dtype, overlap: str, with_sinks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU, and in the way of a GPU."""
-    monkeypatch.setattr(kept, "_one_kernel", getattr(kept, way))
+def test_half_precision(dtype: torch.dtype, overlap: str, with_sinks: bool) -> None:
     config = DilatedConfig(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4), overlap=overlap)
     query, key, value = (torch.randn(2, n, 40, 16).to(dtype) for n in (4, 2, 2))
     sinks = torch.randn(4).to(dtype) if with_sinks else None
-    positions = torch.arange(40).expand(1, 2, -1)
-    actual = decode_kept(query[:, :, -1:], key, value, positions, 40, DilatedPattern(config=config), 0.25, sinks)
+    count = counts_of(DilatedPattern(config=config), [39], torch.arange(40).expand(1, 2, -1), 4)
+    bias = kept_bias(pad(count, (0, 8), value=7), 40, 2, dtype)
+    actual = decode_kept(query[:, :, -1:], *(pad(x, (0, 0, 0, 8)) for x in (key, value)), bias, 0.25, sinks)
     right, lse = reference.dilated_attention(query[:, :, -1:], key, value, config, scale=0.25, return_lse=True)
     if sinks is not None:
         right = right * torch.sigmoid(lse - sinks.double()[:, None]).unsqueeze(-1)
@@ -100,11 +103,24 @@ def test_half_precision(
     torch.testing.assert_close(actual.double(), right, rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_who_sees_no_key_gives_zero(dtype: torch.dtype) -> None:
+    """And room weighs nothing for others, however small their scores."""
+    query, key, value = (torch.full((1, 1, n, 8), x, dtype=dtype) for n, x in ((1, -30.0), (4, 30.0), (4, 3.0)))
+    count = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]], dtype=torch.bool).view(1, 1, 2, 4)
+    key, value = (pad(x, (0, 0, 0, 12)) for x in (key, value))
+    bias = kept_bias(pad(count, (0, 12)), 4, 1, dtype)
+    output = decode_kept(query.expand(1, 2, 1, 8), key, value, bias, 1.0)
+    assert output.flatten(1).tolist() == [[3.0] * 8 + [0.0] * 8]
+
+
 def test_tables_of_a_dilated_pattern_reach_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = DilatedPattern(config=DilatedConfig(segment_lengths=(4, 8), dilation_rates=(1, 2), sink_tokens=1))
-    positions = torch.arange(20).expand(1, 2, -1)
-    pattern.counts(torch.tensor([19]), positions, 20, 4, 2)
-    earlier = torch.tensor([18])
-    for name in ("tensor", "arange", "as_tensor"):
+    positions, query = torch.arange(20).expand(1, 2, -1), torch.tensor([[19]])
+    assert pattern.kept(positions, query[0], 4, 2).any()
+    assert counts_of(pattern, [19], positions, 4).any()
+    for name in ("tensor", "as_tensor", "zeros"):
         monkeypatch.delattr(torch, name)
-    pattern.counts(earlier, positions, 20, 4, 2)
+    pattern.kept(positions, query[0], 4, 2)
+    pattern.sight(query, 20, 4, 2)
+    pattern.marks(positions)

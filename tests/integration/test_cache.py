@@ -1,5 +1,9 @@
 """Caches that drop keys: the same tokens as with a full cache, in every way of generating."""
 
+import copy
+import weakref
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,12 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig
 
 from hf_dilated import BlockSparseConfig, DilatedConfig
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.cache import BlockSparseCache, DilatedCache, PatternCache, PatternLayer
-from hf_dilated.integration.kept import Told, attend_kept, kept_keys
+from hf_dilated.integration.kept import attend_kept, kept_keys
+from hf_dilated.integration.places import Places, Told
 from hf_dilated.integration.support import UnsupportedError
 from tests.cases import ATTENTION, Config, block_configs, configs
 from tests.tiny_models import tiny_model, tokens
@@ -54,8 +60,8 @@ def generate(model: Any, ids: Tensor, cache: Any, way: dict[str, Any], **options
 
 
 def slots(cache: Any) -> int:
-    """Key slots of all layers together."""
-    return sum(layer.keys.shape[2] for layer in cache.layers)
+    """Keys that all layers hold."""
+    return sum(layer.places.used if isinstance(layer, PatternLayer) else layer.keys.shape[2] for layer in cache.layers)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -87,7 +93,55 @@ def test_families(family: str) -> None:
         actual = generate(model, ids, cache, WAYS[way], attention_mask=mask)
         assert actual[0].tolist() == expected[0].tolist()
         torch.testing.assert_close(actual[1], expected[1], rtol=1e-6, atol=1e-6)
-    assert any(isinstance(layer, PatternLayer) and layer.has_dropped for layer in cache.layers)
+    assert any(isinstance(layer, PatternLayer) and layer.places.closed().has_dropped for layer in cache.layers)
+
+
+def launches(layers: int, config: DilatedConfig, cache_class: Any) -> Counter[str]:
+    """Operators, other than views, of a step: behind a full cache of dense attention, or behind one that drops keys."""
+    model = tiny_model("llama", "dilated" if cache_class is DilatedCache else "sdpa", num_hidden_layers=layers)
+    model.config.hf_dilated = config
+    cache, ids, counter = cache_class(config=model.config), tokens(1, 70), _Launches()
+    for part in ids.split([68, 1, 1], 1):  # the first token after a prompt makes room for others
+        counter.found.clear()
+        with torch.no_grad(), counter:
+            model(part, attention_mask=torch.ones(1, cache.get_seq_length() + part.shape[1]), past_key_values=cache)
+    return counter.found
+
+
+class _Launches(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(x.alias_info and not x.alias_info.is_write for x in func._schema.returns):
+            self.found[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_a_step_takes_no_more_launches_than_a_dense_one(rotate: bool) -> None:
+    """A layer adds as many as a dense one; what layers share is small, and asks the device for nothing."""
+    config = DilatedConfig(segment_lengths=(8, 16, 32, 64), dilation_rates=(1, 2, 4, 4), sink_tokens=2, rotate=rotate)
+    dense, kept = ([launches(n, config, c).total() for n in (4, 8)] for c in (DynamicCache, DilatedCache))
+    assert kept[1] - kept[0] == dense[1] - dense[0]  # rates of 4: after four layers the pattern begins anew
+    assert kept[1] - dense[1] < (60 if rotate else 30)
+    assert not any("_local_scalar_dense" in name or "nonzero" in name for name in launches(4, config, DilatedCache))
+
+
+def test_layers_share_places() -> None:
+    """Also behind reordered rows, and after the room was full; nothing of earlier steps stays."""
+    model, ids = running("llama", replace(DILATED, phase="none", rotate=False)), tokens(2, 70)
+    cache = cache_for(model)
+    generate(model, ids, cache, {"num_beams": 3}, attention_mask=torch.ones_like(ids))
+    one, other = (layer.places for layer in cache.layers)
+    assert one is other
+    earlier = weakref.ref(one)
+    with torch.no_grad():
+        for _ in range(5):
+            model(ids[:1].expand(6, -1)[:, :1], past_key_values=cache)
+    del one, other
+    assert earlier() is None
 
 
 def test_dense_layers_keep_everything() -> None:
@@ -98,7 +152,7 @@ def test_dense_layers_keep_everything() -> None:
     assert generate(model, ids, cache, {})[0].tolist() == expected[0].tolist()
     dense, dilated = cache.layers
     assert dense.keys.shape[2] == 70 + 11
-    assert dilated.keys.shape[2] < 30
+    assert dilated.places.used < 30
 
 
 def test_a_conversation_goes_on() -> None:
@@ -116,7 +170,9 @@ def problems(draw: st.DrawFn) -> tuple[Any, ...]:
     torch.manual_seed(draw(st.integers(0, 1 << 16)))
     config = draw(st.one_of(configs(), block_configs(40)))
     rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 40))
-    cuts = sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=6)))
+    cuts = draw(st.sets(st.integers(1, max(1, length - 1)), max_size=6))
+    if draw(st.booleans()):  # the last ones one by one
+        cuts |= set(range(max(1, length - 12), length))
     mask = torch.ones(rows, length, dtype=torch.bool)
     match draw(st.sampled_from(["whole", "left", "anywhere"])):
         case "left":
@@ -124,18 +180,18 @@ def problems(draw: st.DrawFn) -> tuple[Any, ...]:
         case "anywhere":
             mask = torch.rand(rows, length) < 0.8
     heads = draw(st.sampled_from([(2, 2), (4, 2), (6, 1), (6, 3)]))
-    return config, mask, [0, *cuts, length], heads, draw(st.integers(0, 3)), draw(st.integers(1, 4))
+    return config, mask, [0, *sorted(cuts), length], heads, draw(st.integers(0, 3)), draw(st.integers(1, 6))
 
 
 @settings(max_examples=80, deadline=None)
-@given(problem=problems(), with_sinks=st.booleans())
-def test_layers_against_the_oracle(problem: tuple[Any, ...], with_sinks: bool) -> None:
+@given(problem=problems(), with_sinks=st.booleans(), is_always_told=st.booleans())
+def test_layers_against_the_oracle(problem: tuple[Any, ...], with_sinks: bool, is_always_told: bool) -> None:
     """Any chunks, padding anywhere, and what is dropped cannot be found again."""
     config, mask, cuts, (H, G), ordinal, drop_every = problem
     backend = BACKENDS["dilated" if isinstance(config, DilatedConfig) else "block_sparse"]
     told = Told()
     try:
-        layer = PatternLayer(backend.pattern(config, ordinal), H, told, drop_every)
+        layer = PatternLayer(Places.none(backend.pattern(config, ordinal), H), told, drop_every)
     except UnsupportedError:
         assert any(parts.random_blocks for parts in config.parts(ordinal))
         return
@@ -151,16 +207,17 @@ def test_layers_against_the_oracle(problem: tuple[Any, ...], with_sinks: bool) -
     for start, stop in zip(cuts, cuts[1:], strict=False):
         if start == stop:
             continue
-        told.slots, told.positions = stop, None if mask.all() else positions[:, :stop]
+        told.hear(stop, positions[:, :stop] if is_always_told or not mask.all() else None)
         k, v = layer.update(key[:, :, start:stop], value[:, :, start:stop])
         if (kept := kept_keys(k)) is None:
             assert torch.equal(k, key[:, :, :stop])
             continue
+        assert torch.isfinite(k).all(), "room is zero"
         output = attend_kept(
             query[:, :, start:stop],
             k,
             v,
-            layer.pattern,
+            kept.pattern,
             kept,
             are_whole=bool(mask[:, :stop].all()),
             scale=None,
@@ -173,9 +230,9 @@ def test_the_number_of_keys_is_that_of_the_pattern() -> None:
     """A segment of w tokens and, of the larger ones, every r-th token for each head."""
     config = DilatedConfig(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4))
     told = Told()
-    layer = PatternLayer(BACKENDS["dilated"].pattern(config, 0), 4, told, 1)
+    layer = PatternLayer(Places.none(BACKENDS["dilated"].pattern(config, 0), 4), told, 1)
     key = torch.randn(1, 4, 255, 8)
-    told.slots = 255
+    told.hear(255, None)
     layer.update(key, key)
     assert layer.keys.shape[2] == 63 + 32 + 32  # the last token on residue 0 is still to come for none of the heads
     assert layer.keys.untyped_storage().nbytes() == 127 * 4 * 8 * 4
@@ -241,5 +298,12 @@ def test_it_can_be_used_again() -> None:
     cache.reset()
     assert cache.get_seq_length() == 0
     assert generate(model, ids, cache, {})[0].tolist() == first[0].tolist()
+    other = copy.deepcopy(cache)
     cache.batch_repeat_interleave(2)
     assert len(cache.layers[0].keys) == 4
+    with torch.no_grad():
+        more = tokens(2, 12)
+        for token in more.split(1, 1):  # both go on by themselves
+            one = model(token.repeat_interleave(2, 0), past_key_values=cache).logits
+            two = model(token, past_key_values=other).logits
+            torch.testing.assert_close(one[::2], two, rtol=1e-9, atol=1e-9)

@@ -7,6 +7,7 @@ makes the sum over partials the exact gradient (FlashAttention-2, arXiv:2307.086
 
 from functools import lru_cache
 
+from hf_dilated.engine.kernels.biased import attend_with_bias
 from hf_dilated.engine.kernels.case import Case, Gradients, Kernel, Packed, PackedLengths
 from hf_dilated.engine.kernels.cpu_flash import CPU_FLASH
 from hf_dilated.engine.kernels.cudnn import CUDNN
@@ -15,7 +16,18 @@ from hf_dilated.engine.kernels.flash_attention_2 import FLASH_ATTENTION_2
 from hf_dilated.engine.kernels.flash_attention_4 import FLASH_ATTENTION_4
 from hf_dilated.engine.kernels.plain import PLAIN
 
-__all__ = ["KERNELS", "Case", "Gradients", "Kernel", "Packed", "PackedLengths", "choose", "choose_packed", "explain"]
+__all__ = [
+    "KERNELS",
+    "Case",
+    "Gradients",
+    "Kernel",
+    "Packed",
+    "PackedLengths",
+    "attend_with_bias",
+    "choose",
+    "choose_packed",
+    "explain",
+]
 
 KERNELS = (FLASH_ATTENTION_4, CUDNN, FLASH_ATTENTION_2, EFFICIENT, CPU_FLASH, PLAIN)
 
