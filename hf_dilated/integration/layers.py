@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_dilated.config import ConfigError, StoredConfig
+from hf_dilated.integration.attributes import attribute, text_part
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.support import UnsupportedError
 from hf_dilated.patterns import DensePattern, Pattern
@@ -123,14 +124,13 @@ def module_pattern(module: nn.Module, sliding_window: int | None, backend: str) 
     :func:`layer_pattern` reads of the configuration is read here; the compiled graph depends on these values.
     """
     config: Any = module.config
-    stored = getattr(config, "hf_dilated", None)
-    positions, heads, types, window, uses_window = None, None, getattr(config, "layer_types", None), None, True
+    stored, types = attribute(config, "hf_dilated"), attribute(config, "layer_types")
+    positions, heads, window, uses_window = None, None, None, True
     if not isinstance(stored, dict) or stored.get(BACKENDS[backend].part) is None:
-        text_config = config.get_text_config() if config.sub_configs else config
-        positions = getattr(text_config, "max_position_embeddings", None)
-        heads = getattr(text_config, "num_attention_heads", None)
+        text = text_part(config)
+        positions, heads = attribute(text, "max_position_embeddings"), attribute(text, "num_attention_heads")
     if types is None:
-        window, uses_window = getattr(config, "sliding_window", None), getattr(config, "use_sliding_window", True)
+        window, uses_window = attribute(config, "sliding_window"), attribute(config, "use_sliding_window", True)
     else:
         types = tuple(types)
     layer_idx = getattr(module, "layer_idx", None)

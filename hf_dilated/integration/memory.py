@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_dilated.config import MemoryConfig, StoredConfig
+from hf_dilated.integration.attributes import attribute, text_part
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.memory import AttentionBufferManager, MemoryPolicy
 from hf_dilated.memory.buffers import manager_of
@@ -81,10 +82,8 @@ def _constant_spec(*values: Any) -> str:
 
 def _values(config: Any, backend: str | None = None) -> tuple[str, str, int | None, str]:
     """What the policy depends on, as plain values: backend, what is stored, length, and which model it is."""
-    text_config = config.get_text_config() if config.sub_configs else config
-    stored = getattr(config, "hf_dilated", None)
-    positions = getattr(text_config, "max_position_embeddings", None)
-    return backend or config._attn_implementation, repr(stored), positions, model_key(config)
+    stored, positions = attribute(config, "hf_dilated"), attribute(text_part(config), "max_position_embeddings")
+    return backend or config._attn_implementation, repr(stored), positions, model_key(config, attribute)
 
 
 @functools.cache

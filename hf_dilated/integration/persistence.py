@@ -89,7 +89,7 @@ def install() -> None:
 
 def _holder(config: Any) -> Any:
     """The configuration that attention modules read: of a multimodal model the text part."""
-    if not config.sub_configs:
+    if not type(config).sub_configs:
         return config
     try:
         text = config.get_text_config()

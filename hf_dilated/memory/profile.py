@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -157,10 +157,10 @@ def measured_plan(key: str) -> tuple[int, ...]:
     return () if profile is None else tuple(profile.plans.get(key, ()))[:LONGEST_PLAN]
 
 
-def model_key(config: Any) -> str:
-    """Name the models that allocate alike."""
+def model_key(config: Any, read: Callable[[Any, str, Any], Any] = getattr) -> str:
+    """Name the models that allocate alike; ``read`` takes an attribute or a default, as ``getattr`` does."""
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return "-".join(str(getattr(config, name, None) or 0) for name in ("model_type", *names))
+    return "-".join(str(read(config, name, None) or 0) for name in ("model_type", *names))
 
 
 def thresholds_of(measurements: Sequence[Measurement]) -> Thresholds:
