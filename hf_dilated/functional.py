@@ -145,7 +145,11 @@ def attend(
     inputs = (query, key, value) if sink_logits is None else (query, key, value, sink_logits)
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if query.shape[2] == 1 and is_causal and query.device.type != "cpu" and not needs_gradient:
-        output, lse = op.decode(query, key, value, key_positions, sink_logits, pattern.spec, scale)
+        one = query, key, value, key_positions, sink_logits
+        if torch.compiler.is_compiling() or type(query) is not Tensor:
+            output, lse = op.decode(*one, pattern.spec, scale)
+        else:
+            output, lse = op.decode_now(*one, pattern, scale)
         return (output, lse) if return_lse else output
     output, lse = op.attend(query, key, value, key_positions, sink_logits, pattern.spec, is_causal, scale, memory)
     return (output, lse.detach()) if return_lse else output
