@@ -28,8 +28,8 @@ class PatternCache(Cache):
 
     Args:
         config: The model's configuration, which holds backend and pattern.
-        drop_every: Tokens after which decoding drops again what has become invisible; a prompt, or a part of one, is
-            reduced at once, layer by layer.
+        drop_every: Tokens after which decoding drops again what has become invisible: there is room for as many behind
+            the kept keys. A prompt, or a part of one, is reduced at once, layer by layer.
 
     Raises:
         UnsupportedError: If the model does not run this backend, or its pattern never forgets a key.
