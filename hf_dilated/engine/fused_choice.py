@@ -17,7 +17,8 @@ from hf_dilated.engine.fused_block_sparse import _load, _precision, _strides, _w
 from hf_dilated.memory import BufferType, buffers
 
 FIELDS = 6
-LENGTHS = ["U", "N", "M", "count", "drawn_rows"]  # these change: one program serves all
+LENGTHS = ["U", "N", "M", "count", "drawn_rows", "pitch"]  # these change: one program serves all
+FEWEST_SLOTS = 4
 COLUMNS = 64  # mean keys that a program looks at in one step; half as many in float32
 
 
@@ -95,9 +96,9 @@ def _mean_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def _choose_kernel(
     Q, MEAN, CHOSEN, places, rows, parts, masks, drawn, U, count, N, M, drawn_rows, H, GROUP, REPEATS,
-    q_row, q_head, q_token,
+    pitch, q_row, q_head, q_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    TURNS: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, HAS_MASK: tl.constexpr, TERMS: tl.constexpr,
+    SLOTS: tl.constexpr, MOST: tl.constexpr, HAS_MASK: tl.constexpr, TERMS: tl.constexpr,
     PRECISION: tl.constexpr, FIELDS: tl.constexpr, PART_FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Let a tile of queries choose: the best of what it has seen is kept; of equals, the earlier block."""
@@ -153,9 +154,9 @@ def _choose_kernel(
     none = (H // REPEATS) * U
     chosen = tl.where(taken >= 0, kv_head * U + first_block + taken, none)
     p = first + tl.arange(0, ROWS)
-    place = CHOSEN + (head.to(tl.int64) * count + query_base + p)[:, None] * TURNS + slot[None, :]
+    place = CHOSEN + (head.to(tl.int64) * count + query_base + p)[:, None] * pitch + slot[None, :]
     is_query = (p >= first_query) & (p < last)
-    tl.store(place, chosen, mask=is_query[:, None] & (slot < TURNS)[None, :])
+    tl.store(place, chosen, mask=is_query[:, None] & (slot < pitch)[None, :])
 
 
 def choose(places: Places, turns: int, size: int, q: Tensor, k: Tensor) -> Choice:
@@ -175,13 +176,18 @@ def choose(places: Places, turns: int, size: int, q: Tensor, k: Tensor) -> Choic
     tile = max(16, min(size, 64 if terms == 1 or D > 128 else 128))
     _choose_kernel[(len(places.rows) * triton.cdiv(size, tile) * H,)](
         q, mean, chosen, places.entries, places.rows, shown.parts, shown.masks, shown.drawn, U, B * N, N, M,
-        shown.rows, H, H // len(shown.groups), H // G, *_strides(q), size, tile, columns, D, width,
-        turns, max(2, triton.next_power_of_2(turns)), shown.drawn.shape[2], shown.has_mask, terms, _precision(q),
+        shown.rows, H, H // len(shown.groups), H // G, turns, *_strides(q), size, tile, columns, D, width,
+        slots_of(turns), shown.drawn.shape[2], shown.has_mask, terms, _precision(q),
         FIELDS, PART_FIELDS, num_warps=8 if tile > 64 else 4, num_stages=2,
     )  # fmt: skip
     blocks, order = chosen.flatten().sort(stable=True)
     limits = torch.arange(G * U + 1, dtype=torch.int32, device=q.device)
     return Choice(chosen, order, torch.searchsorted(blocks, limits, out_int32=True))
+
+
+def slots_of(turns: int) -> int:
+    """For how many choices a program is made: it serves all who make fewer, down to half as many, or to one."""
+    return max(FEWEST_SLOTS, triton.next_power_of_2(turns))
 
 
 def cut(choice: Choice, kv_heads: int, rows: int) -> Tiles:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hf_dilated.engine.fused_block_sparse import LOG2E, Sizes, _load, _precision, _strides, _widths
 from hf_dilated.engine.fused_block_sparse_backward import row_sums
-from hf_dilated.engine.fused_choice import FIELDS, Choice, Places, cut, heads_at_once
-from hf_dilated.engine.fused_chosen import LENGTHS, _limits, _rows_of, sizes_of
+from hf_dilated.engine.fused_choice import FIELDS, Choice, Places, cut, heads_at_once, slots_of
+from hf_dilated.engine.fused_chosen import LENGTHS, sizes_of
+from hf_dilated.engine.fused_items import _limits, _load_rows, _over, _rows_of, reciprocal
 from hf_dilated.memory import BufferType, buffers
 
 LONGEST_PART = 1024  # items that one program adds up for a block; slots take half of what their gradients take
@@ -24,10 +25,10 @@ NUMBERS = 512  # of each of them
 @triton.jit(do_not_specialize=[*LENGTHS, "column"])
 def _backward_kernel(
     Q, K, V, GRAD, LSE, DELTA, PART, PART_K, PART_V, places, order, starts, tile_starts, blocks_of, scale, factor,
-    column, first, heads, items, longest, count, U, N, M, H, REPEATS,
+    column, first, heads, items, longest, by_turns, count, by_count, N, by_N, U, M, REPEATS,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TURNS: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PRECISION: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Gradients by COLUMNS keys and values, those of slice ``column``, of a block of one of the key-value heads
     ``first … first + heads`` and, item by item, by the queries of a part of those that chose it."""
@@ -50,22 +51,23 @@ def _backward_kernel(
     d, e = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
     q_base = Q + (g * REPEATS).to(tl.int64) * q_head
     g_base = GRAD + (g * REPEATS).to(tl.int64) * g_head
-    sums_base = (g * REPEATS).to(tl.int64) * N
-    of_scratch = first.to(tl.int64) * items
+    lse_base = LSE + (g * REPEATS).to(tl.int64) * count
+    delta_base = DELTA + (g * REPEATS).to(tl.int64) * count
+    PART -= first.to(tl.int64) * items * D
     grad_k = tl.zeros((COLUMNS, WIDTH), tl.float32)
     grad_v = tl.zeros((COLUMNS, VALUE_WIDTH), tl.float32)
     for begin in range(start, stop, ROWS):
         i = begin + tl.arange(0, ROWS)
-        is_item = i < stop
-        item = tl.load(order + i, mask=is_item, other=g.to(tl.int64) * items) - of_scratch
-        of_head = item.to(tl.int32) - (g - first) * items
-        q_rows = q_base + _rows_of(of_head, count, N, TURNS, q_row, q_head, q_token)
-        q = tl.load(q_rows[:, None] + d[None, :], mask=is_item[:, None] & (d < D)[None, :], other=0.0)
-        g_rows = g_base + _rows_of(of_head, count, N, TURNS, g_row, g_head, g_token)
-        grad = tl.load(g_rows[:, None] + e[None, :], mask=is_item[:, None] & (e < DV)[None, :], other=0.0)
-        at = sums_base + _rows_of(of_head, count, N, TURNS, H * N, N, 1)
-        lse = tl.load(LSE + at, mask=is_item, other=float("inf")) * 1.4426950408889634
-        delta = tl.load(DELTA + at, mask=is_item, other=0.0)
+        is_item = i < stop  # in place of others stands the last one
+        item = tl.load(order + tl.minimum(i, stop - 1)).to(tl.int32)
+        of_head = item - g * items
+        q_rows = q_base + _rows_of(of_head, by_turns, count, by_count, N, by_N, q_row, q_head, q_token)
+        q = _load_rows(q_rows, D, WIDTH)
+        g_rows = g_base + _rows_of(of_head, by_turns, count, by_count, N, by_N, g_row, g_head, g_token)
+        grad = _load_rows(g_rows, DV, VALUE_WIDTH)
+        query = _over(of_head, by_turns)
+        lse = tl.load(lse_base + query, mask=is_item, other=float("inf")) * 1.4426950408889634
+        delta = tl.load(delta_base + query)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # (keys, items)
         weight = tl.exp2(s - lse[None, :])
         if COLUMNS > SIZE:
@@ -75,7 +77,7 @@ def _backward_kernel(
         grad_s = (weight * (grad_weight - delta[None, :])).to(q.dtype)
         grad_k = tl.dot(grad_s, q, grad_k, input_precision=PRECISION)
         grad_q = tl.dot(tl.trans(grad_s), k, input_precision=PRECISION) * factor
-        part = PART + item[:, None] * D + d[None, :]
+        part = PART + item[:, None].to(tl.int64) * D + d[None, :]
         tl.store(part, grad_q.to(PART.dtype.element_ty), mask=is_item[:, None] & (d < D)[None, :])
     own = column * COLUMNS + tl.arange(0, COLUMNS)
     within = (slot.to(tl.int64) * SIZE + own)[:, None]
@@ -86,8 +88,8 @@ def _backward_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _add_queries_kernel(
-    OUT, PART, CHOSEN, first, count, N, heads, none, o_row, o_head, o_token,
-    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TURNS: tl.constexpr,
+    OUT, PART, CHOSEN, first, turns, count, N, heads, none, o_row, o_head, o_token,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of what the heads ``first … first + heads`` have chosen to those by their queries."""
     own_head = (tl.program_id(0) % heads).to(tl.int64)
@@ -96,11 +98,12 @@ def _add_queries_kernel(
     is_token = t < count
     d = tl.arange(0, WIDTH)
     mask = is_token[:, None] & (d < D)[None, :]
-    place = (own_head * count + t) * TURNS
+    place = (own_head * count + t) * turns
     out = OUT + ((t // N).to(tl.int64) * o_row + head * o_head + (t % N).to(tl.int64) * o_token)[:, None] + d[None, :]
     total = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-    for turn in range(0, TURNS):
-        chosen = tl.load(CHOSEN + (head * count + t) * TURNS + turn, mask=is_token, other=none)
+    for turn in range(0, SLOTS):
+        is_there = t < tl.where(turn < turns, count, 0)
+        chosen = tl.load(CHOSEN + (head * count + t) * turns + turn, mask=is_there, other=none)
         part = PART + (place + turn)[:, None] * D + d[None, :]
         total += tl.load(part, mask=mask & (chosen < none)[:, None], other=0.0).to(tl.float32)
     tl.store(out, total.to(OUT.dtype.element_ty), mask=mask)
@@ -143,7 +146,9 @@ def add_backward(
     (B, H, N, D), (G, M, DV), turns = q.shape, v.shape[1:], choice.blocks.shape[2]
     repeats, sizes, blocks = H // G, sizes_of(BACKWARD, q, v, size), len(places.entries)
     items, parts, at_once = repeats * B * N * turns, cut(choice, G, LONGEST_PART), heads_at_once(G, turns)
-    delta, lse = row_sums(grad, output, lse), buffers.contiguous(BufferType.TEMP, lse)
+    sums = (buffers.contiguous(BufferType.TEMP, x.transpose(0, 1)) for x in (lse, row_sums(grad, output, lse)))
+    lse, delta = sums  # (H, B, N)
+    divisors = reciprocal(turns), B * N, reciprocal(B * N), N, reciprocal(N)
     part = buffers.empty(BufferType.TEMP, (at_once * items, D), q.dtype, q.device)
     shapes = [(at_once * parts.most, size, d) for d in (D, DV)]
     slots = [buffers.empty(BufferType.TEMP, shape, torch.float32, q.device) for shape in shapes]
@@ -152,13 +157,14 @@ def add_backward(
         for column in range(triton.cdiv(size, sizes.columns)):
             _backward_kernel[(heads * parts.most,)](
                 q, k, v, grad, lse, delta, part, *slots, places.entries, choice.order, choice.starts, parts.starts,
-                parts.blocks, scale * LOG2E, scale, column, first, heads, items, parts.rows, B * N, blocks, N, M, H,
-                repeats, *_strides(q, k, v, grad), size, sizes.rows, sizes.columns, *_widths(q, v), turns,
+                parts.blocks, scale * LOG2E, scale, column, first, heads, items, parts.rows, *divisors, blocks, M,
+                repeats, *_strides(q, k, v, grad), size, sizes.rows, sizes.columns, *_widths(q, v),
                 _precision(q), FIELDS, num_warps=sizes.warps, num_stages=sizes.stages,
             )  # fmt: skip
             _add_queries_kernel[(triton.cdiv(B * N, 16) * heads * repeats,)](
-                grads[0], part, choice.blocks, first * repeats, B * N, N, heads * repeats, G * blocks,
-                *_strides(grads[0]), 16, D, triton.next_power_of_2(D), turns,
+                grads[0], part, choice.blocks, first * repeats, turns, B * N, N, heads * repeats, G * blocks,
+                *_strides(grads[0]), 16, D, triton.next_power_of_2(D),
+                slots_of(turns),
             )  # fmt: skip
         for total, slot in zip(grads[1:], slots, strict=True):
             d = slot.shape[2]

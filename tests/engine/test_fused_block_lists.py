@@ -184,14 +184,16 @@ def programs_of(kernel, unspecialized):
 
 
 @pytest.mark.parametrize("by_token", [True, False])
-def test_lengths_do_not_recompile(monkeypatch, by_token):
+def test_lengths_and_numbers_of_choices_do_not_recompile(monkeypatch, by_token):
+    """Of choices that double, from four on, three small kernels keep as many, and are compiled for that."""
     calls = {(module, name): [] for module, names in KERNELS.items() for name in names}
     programs = {(module, name): programs_of(getattr(module, name), module.LENGTHS) for module, name in calls}
     for (module, name), kept in calls.items():
         monkeypatch.setattr(module, name, Kernel(kept))
     monkeypatch.setattr(block_sparse, "runs_fused", lambda x: True)
-    config = BlockSparseConfig(layers=((MIXED, BlockParts(local_blocks=40, topk_blocks=2)),))
-    for length in (129, 500, 512, 1000, 1024, 1111, 2000, 2048, 4097, 6000):
+    lengths = 129, 500, 512, 1000, 1024, 1111, 2000, 2048, 4097, 6000
+    for length, turns in zip(lengths, (1, 2, 3, 4, 1, 2, 3, 4, 8, 16), strict=True):
+        config = BlockSparseConfig(layers=((MIXED, BlockParts(local_blocks=40, topk_blocks=turns)),))
         query, key, value = (
             torch.zeros((1, length, heads, 16) if by_token else (1, heads, length, 16), dtype=torch.bfloat16)
             for heads in (4, 2, 2)
@@ -201,5 +203,6 @@ def test_lengths_do_not_recompile(monkeypatch, by_token):
         torch.autograd.grad(output, tensors, torch.zeros_like(output))
     for key, kept in calls.items():
         assert len(kept) > 1
-        directions = 2 if key[1] == "_list_kernel" else 1
-        assert len({programs[key](*call) for call in kept}) == directions, key[1]
+        programs_of_it = {programs[key](*call) for call in kept}
+        several = {"_list_kernel": 2, "_choose_kernel": 3, "_merge_kernel": 3, "_add_queries_kernel": 3}
+        assert len(programs_of_it) == several.get(key[1], 1), key[1]

@@ -116,7 +116,7 @@ def test_heads_far_apart(monkeypatch, kernel):
     if kernel == "row sums":
         fused_block_sparse_backward._delta_kernel[(heads,)](x, x, x, count, tokens, heads, *far, *far, 16, 16, 32)
     else:
-        fused_chosen._merge_kernel[(heads // 2,)](x, x, x, x, 1, count, tokens, heads, 2, *far, 16, 16, 16, 1)
+        fused_chosen._merge_kernel[(heads // 2,)](x, x, x, x, 1, 1, count, tokens, heads, 2, *far, 16, 16, 16, 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

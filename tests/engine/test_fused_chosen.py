@@ -10,10 +10,13 @@ from hf_dilated.patterns.documents import Documents
 from tests.cases import Case
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 
 from hf_dilated.engine import block_sparse, fused_choice, fused_chosen, fused_chosen_backward
 from hf_dilated.engine.chosen import chosen_blocks
 from hf_dilated.engine.fused_block_sparse import Sizes
+from hf_dilated.engine.fused_items import _over, reciprocal
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +103,23 @@ def test_the_choice_is_that_of_float32(dtype):
     expected = chosen_blocks(pattern, documents, True, query.float(), key.float())[0]
     none = tokens // size
     assert torch.equal(blocks.sort(dim=-1).values, torch.where(expected < 0, none, expected).sort(dim=-1).values)
+
+
+@triton.jit
+def _quotients(N, OUT, by, COUNT: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    tl.store(OUT + i, _over(tl.load(N + i), by))
+
+
+@pytest.mark.parametrize("divisor", [1, 3, 7, 1 << 16, 46341, (1 << 31) - 1])
+def test_divisors_are_exact(divisor):
+    last = (1 << 31) - 1
+    multiples = {divisor * m + d for m in (1, 2, last // 2 // divisor, last // divisor) for d in (-1, 0, 1)}
+    numbers = sorted({0, last - 1, last} | {n for n in multiples if 0 <= n <= last})
+    numbers = torch.tensor(numbers + [1] * (16 - len(numbers)), dtype=torch.int32)
+    found = torch.zeros_like(numbers)
+    _quotients[(1,)](numbers, found, reciprocal(divisor), 16)
+    assert torch.equal(found, numbers // divisor)
 
 
 def test_items_are_sorted_and_cut():
