@@ -145,7 +145,8 @@ class PatternLayer(DynamicLayer):
         """Write one token into the room behind the others; all slots are returned."""
         refuse_gradients(new_key, new_value)
         room = self.places
-        if isinstance(room, Places) or room.is_full or not _takes(keys, new_key):
+        takes = _takes(keys, new_key) and _takes(values, new_value)
+        if isinstance(room, Places) or room.is_full or not takes:
             before, order = room.closed().reduced()
             room = before.with_room(self.drop_every)
             keys, values = (
@@ -217,9 +218,9 @@ class PatternLayer(DynamicLayer):
         self.keys, self.values = select(self.keys), select(self.values)
 
 
-def _takes(keys: Tensor, new: Tensor) -> bool:
-    """Whether a new key can be written behind others; what inference mode has made, only inference mode changes."""
-    return keys.dtype == new.dtype and (torch.is_inference_mode_enabled() or not keys.is_inference())
+def _takes(x: Tensor, new: Tensor) -> bool:
+    """Whether something new can be written into x; what inference mode has made, only inference mode changes."""
+    return x.dtype == new.dtype and (torch.is_inference_mode_enabled() or not x.is_inference())
 
 
 def _check_forgets(pattern: ForgettingPattern, heads: int) -> None:

@@ -242,6 +242,21 @@ def test_the_number_of_keys_is_that_of_the_pattern() -> None:
     assert layer.keys.untyped_storage().nbytes() == 127 * 4 * 8 * 4
 
 
+def test_inference_mode_and_autocast_come_and_go() -> None:
+    model, ids = running("llama", DILATED), tokens(2, 80)
+    caches = cache_for(model, 50), DynamicCache(config=model.config)
+    for turn, part in enumerate(ids.split([60, *[1] * 20], 1)):
+        with torch.inference_mode() if turn % 7 < 3 else torch.no_grad():
+            actual, expected = (model(part, past_key_values=cache).logits for cache in caches)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    cache = cache_for(model.float(), 50)
+    with torch.no_grad():
+        for turn, part in enumerate(ids.split([60, *[1] * 20], 1)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=turn < 5):
+                assert model(part, past_key_values=cache).logits.isfinite().all()
+    assert cache.layers[0].values.dtype == torch.float32
+
+
 def test_other_patterns_and_heads_are_refused() -> None:
     model = running("llama", DILATED)
     cache = cache_for(model)
