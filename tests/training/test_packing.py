@@ -113,7 +113,7 @@ def test_a_worker_that_is_forked_does_not_wait_for_threads_it_lacks(monkeypatch:
     tokens = tokenizer()
     expected = tokens([TEXT] * 64).input_ids[0]
     rows = PackedRows(lambda epoch: tokens([TEXT] * 64).input_ids, length=len(expected), rows=1)
-    row = next(iter(DataLoader(rows, num_workers=1, multiprocessing_context="fork", timeout=60)))
+    (row,) = DataLoader(rows, num_workers=1, multiprocessing_context="fork", timeout=60)
     assert row["input_ids"][0].tolist() == expected
 
 
