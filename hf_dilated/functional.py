@@ -146,7 +146,7 @@ def attend(
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if query.shape[2] == 1 and is_causal and query.device.type != "cpu" and not needs_gradient:
         one = query, key, value, key_positions, sink_logits
-        if torch.compiler.is_compiling() or type(query) is not Tensor:
+        if torch.compiler.is_compiling() or type(query) is not Tensor or not query.is_cuda:
             output, lse = op.decode(*one, pattern.spec, scale)
         else:
             output, lse = op.decode_now(*one, pattern, scale)

@@ -164,3 +164,11 @@ def test_windows(window, is_causal, queries):
 def test_patterns_travel_as_text():
     for pattern in (DensePattern(), DensePattern(window=3), DilatedPattern(config=CONFIG)):
         assert parse(pattern.spec) == pattern
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_tensors_without_numbers_have_the_shape_of_results(queries: int) -> None:
+    query, key = (torch.empty(1, h, n, 64, device="meta") for h, n in ((8, queries), (2, 1000)))
+    pattern = DilatedConfig(segment_lengths=(128, 512), dilation_rates=(1, 2))
+    output = dilated_attention(query, key, key[..., :32], pattern)
+    assert (output.shape, output.device.type) == ((1, 8, queries, 32), "meta")
