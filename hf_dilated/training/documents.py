@@ -1,11 +1,15 @@
 """Where documents come from: the Hub, or files at hand, read as a stream."""
 
+from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}  # of everything else a file is a document
 SHUFFLED_AT_ONCE = 1000
+REMEMBERED_TOKENS = 1 << 24  # 64 MiB: a corpus that is read many times is tokenised once
 
 
 def stream_texts(source: str, *, files: str = "**/*", split: str = "train", **options: Any) -> Any:
@@ -41,7 +45,8 @@ def tokenized(
 ) -> Callable[[int], Iterator[list[int]]]:
     """Return the documents of an epoch in tokens, in another order each time, for ``PackedRows``.
 
-    A document ends with the tokenizer's end-of-text token, and begins as the tokenizer lets texts begin.
+    A document ends with the tokenizer's end-of-text token, and begins as the tokenizer lets texts begin. The first
+    16M tokens are remembered for further epochs.
 
     Args:
         texts: A streaming dataset.
@@ -49,7 +54,7 @@ def tokenized(
         column: Where the dataset keeps its texts.
         seed: Of the order.
     """
-    end = tokenizer.eos_token_id
+    encode = _remembering(partial(_encode, tokenizer))
 
     def epoch(number: int) -> Iterator[list[int]]:
         shuffled = texts.shuffle(seed=seed, buffer_size=SHUFFLED_AT_ONCE)
@@ -57,7 +62,31 @@ def tokenized(
         for batch in shuffled.iter(batch_size=1):  # plain iteration takes another order in a worker of a data loader
             if column not in batch:
                 raise ValueError(f"column: {column!r} is not one of {', '.join(batch)}")
-            tokens: list[int] = tokenizer(batch[column][0], verbose=False).input_ids
-            yield tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
+            yield encode(batch[column][0])
 
     return epoch
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    tokens: list[int] = tokenizer(text, verbose=False).input_ids
+    end = tokenizer.eos_token_id
+    return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
+
+
+def _remembering(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """Let ``encode`` remember its first results, as many as there is room for."""
+    known: dict[bytes, array[int]] = {}
+    room = REMEMBERED_TOKENS
+
+    def remember(text: str) -> list[int]:
+        nonlocal room
+        key = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if key in known:
+            return known[key].tolist()
+        tokens = encode(text)
+        if len(tokens) <= room:
+            known[key] = array("i", tokens)
+            room -= len(tokens)
+        return tokens
+
+    return remember

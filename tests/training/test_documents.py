@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
 
+from hf_dilated.training import documents
 from hf_dilated.training.documents import stream_texts, tokenized
 from hf_dilated.training.packing import PackedRows
 from tests.tiny_checkpoint import tokenizer
@@ -53,6 +55,30 @@ def test_documents_begin_and_end_as_the_tokenizer_says_and_every_epoch_has_its_o
     first, again, second = (list(epoch(number)) for number in (0, 0, 1))
     assert first == again != second
     assert sorted(first) == sorted(second) == sorted([0, *tokens.encode(f"x = {n}")[1:], 0] for n in range(30))
+
+
+@pytest.mark.parametrize(("room", "calls"), [(1 << 20, [5, 0, 0]), (12, [5, 3, 3]), (0, [5, 5, 5])])
+def test_what_there_is_room_for_is_tokenised_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, calls: list[int]
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"xyz{n}"}) + "\n" for n in range(5)))
+    tokens, read = tokenizer(), list[str]()
+    encode = type(tokens).__call__
+
+    def spied(self: Any, text: str, **options: Any) -> Any:
+        read.append(text)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(tokens), "__call__", spied)
+    monkeypatch.setattr(documents, "REMEMBERED_TOKENS", room)  # five tokens a text
+    epoch = tokenized(stream_texts(str(tmp_path)), tokens, seed=1)
+    seen = []
+    for number, expected in enumerate(calls):
+        read.clear()
+        seen.append(sorted(epoch(number)))
+        assert len(read) == expected
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0][0]) == 5
 
 
 def test_a_worker_of_a_data_loader_reads_in_the_same_order(tmp_path: Path) -> None:
