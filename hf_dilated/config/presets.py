@@ -12,6 +12,7 @@ class Preset:
     Args:
         dense_every: Of every so many layers, counted from the end, the last one stays dense; 0 for none.
         dense_first: Whether the first layer stays dense.
+        dense_heads: Share of the query heads of every layer, the first ones, that see everything (block-sparse only).
         options: Further fields of the pattern's configuration, other than those that follow from the length (segments
             and rates; the window, for blocks of 128) and the ``layers`` of a block-sparse one.
 
@@ -22,6 +23,7 @@ class Preset:
 
     dense_every: int = 0
     dense_first: bool = False
+    dense_heads: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def for_layers(self, layers: int) -> dict[str, Any]:
@@ -31,6 +33,18 @@ class Preset:
             dense.add(0)
         return {**self.options, **({"dense_layers": tuple(sorted(dense))} if dense else {})}
 
+    def for_heads(self, heads: int) -> tuple[int, int]:
+        """Return how many of how many equal groups of query heads are dense: the share, as near as heads divide.
+
+        Example:
+            >>> [Preset(dense_heads=0.25).for_heads(heads) for heads in (32, 14, 9, 1)]
+            [(1, 4), (2, 7), (2, 9), (0, 1)]
+        """
+        if not self.dense_heads or heads < 2:
+            return 0, 1
+        groups = next(n for n in range(1, heads + 1) if heads % n == 0 and (n * self.dense_heads >= 1 or n == heads))
+        return max(1, round(groups * self.dense_heads)), groups
+
 
 DILATED = Preset()
-BLOCK_SPARSE = Preset()
+BLOCK_SPARSE = Preset(dense_heads=0.25)  # scripts/benchmarks/ablation-h200.jsonl

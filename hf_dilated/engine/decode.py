@@ -1,15 +1,17 @@
 """One causal query against a cache: read only the keys that the pattern sees, without asking the host."""
 
 import math
-from collections.abc import Callable
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_dilated.engine import kernels
 from hf_dilated.engine.chosen import chosen_positions
 from hf_dilated.engine.execute import HAS_TRITON, runs_fused
 from hf_dilated.engine.streamed import wide
-from hf_dilated.patterns import BlockSparsePattern, DilatedPattern, Pattern
+from hf_dilated.patterns import BlockSparsePattern, DensePattern, DilatedPattern, Pattern
 
 if HAS_TRITON:
     from hf_dilated.engine.fused_decode import fused_decode
@@ -39,19 +41,25 @@ def decode(
     """
     if isinstance(pattern, DilatedPattern) and runs_fused(query):
         return fused_decode(query, key, value, key_positions, pattern, scale)
-    B, H, _, _ = query.shape
-    G, M = key.shape[1:3]
-    position, slot_of = _slots(key_positions, B, M, query.device)
-    seen, is_seen = pattern.visible(position, M, H, G)  # (B, H or 1, K)
-    if isinstance(pattern, BlockSparsePattern) and pattern.chosen_blocks:
-        chosen, is_chosen = chosen_positions(pattern, position, query, _in_order(key, key_positions, slot_of))
-        seen, is_seen = torch.cat([seen, chosen], 2), torch.cat([is_seen, is_chosen], 2)
-    output, lse = attend_slots(query, key, value, slot_of(seen.clamp(0, M - 1)), is_seen, scale)
+    slots = _Slots.of(key_positions, len(key), key.shape[2], query.device)
+    parts = [
+        _attend_all(heads, query, key, value, slots, scale)
+        if sees_all
+        else _attend_seen(heads, query, key, value, slots, pattern, scale)
+        for heads, sees_all in _runs(pattern, query.shape[1])
+    ]
+    output, lse = parts[0] if len(parts) == 1 else (torch.cat(x, 1) for x in zip(*parts, strict=True))
     return output.to(query.dtype), lse
 
 
 def attend_slots(
-    query: Tensor, key: Tensor, value: Tensor, slot: Tensor, is_seen: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot: Tensor,
+    is_seen: Tensor,
+    scale: float,
+    kv_head: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to chosen slots of a cache, and read no others.
 
@@ -62,47 +70,130 @@ def attend_slots(
         slot: (B, H or 1, K) slots; one that is listed several times counts as often.
         is_seen: (B, H or 1, K), False where an entry of ``slot`` means nothing.
         scale: Factor of the scores.
+        kv_head: (H,) whose keys each head reads; by default they share them evenly.
 
     Returns:
         Output (B, H, 1, Dv) and LSE (B, H, 1), both in float32 (float64 for float64).
     """
     (B, H), G = query.shape[:2], key.shape[1]
-    kv_head = torch.arange(H, device=query.device)[:, None] // (H // G)
-    row = torch.arange(B, device=query.device)[:, None, None]
-    k, v = key[row, kv_head, slot], value[row, kv_head, slot]  # (B, H, K, D)
-    scores = (k.to(wide(k.dtype)) @ query.to(wide(k.dtype)).transpose(2, 3)).squeeze(3) * scale
-    scores = scores.masked_fill(~is_seen, -math.inf)
+    if kv_head is None:
+        kv_head = torch.arange(H, device=query.device) // (H // G)
+    row, kv_head = torch.arange(B, device=query.device)[:, None, None], kv_head[:, None]
+    return _attend(query, key[row, kv_head, slot], value[row, kv_head, slot], is_seen, scale)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, is_seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend in float32 at least: query (B, h, r, D), key (B, h, K, D), value (B, h, K, Dv), is_seen (B, h or 1, K)."""
+    dtype = wide(key.dtype)
+    scores = (query.to(dtype) @ key.to(dtype).transpose(2, 3)) * scale
+    scores = scores.masked_fill(~is_seen.unsqueeze(2), -math.inf)
     lse = scores.logsumexp(-1, keepdim=True)
-    weights = torch.where(is_seen, (scores - lse).exp(), 0)
-    v = torch.where(is_seen.unsqueeze(-1), v.to(wide(v.dtype)), 0)
-    return weights.unsqueeze(2) @ v, lse
+    weights = torch.where(is_seen.unsqueeze(2), (scores - lse).exp(), 0)
+    value = torch.where(is_seen.unsqueeze(3), value.to(dtype), 0)
+    return weights @ value, lse.squeeze(3)
 
 
-def _in_order(key: Tensor, key_positions: Tensor | None, slot_of: Callable[[Tensor], Tensor]) -> Tensor:
+def _runs(pattern: Pattern, heads: int) -> list[tuple[range, bool]]:
+    """Query heads side by side, and whether they see every key of their document."""
+    if not isinstance(pattern, BlockSparsePattern):
+        return [(range(heads), isinstance(pattern, DensePattern) and pattern.window is None)]
+    runs = []
+    for sees_all, run in groupby(pattern.groups(heads), key=lambda group: group.parts.sees_all):
+        groups = list(run)
+        runs.append((range(groups[0].heads.start, groups[-1].heads.stop), sees_all))
+    return runs
+
+
+def _attend_seen(
+    heads: range, query: Tensor, key: Tensor, value: Tensor, slots: "_Slots", pattern: Pattern, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Some heads read what they see."""
+    H, (G, M) = query.shape[1], key.shape[1:3]
+    if isinstance(pattern, BlockSparsePattern):
+        seen, is_seen = pattern.visible_to(heads, slots.position, M, H)
+        if pattern.chosen_blocks:
+            chosen, is_chosen = chosen_positions(pattern, slots.position, query, _in_order(key, slots))
+            mine = slice(heads.start, heads.stop)
+            seen, is_seen = torch.cat([seen, chosen[:, mine]], 2), torch.cat([is_seen, is_chosen[:, mine]], 2)
+    else:
+        seen, is_seen = pattern.visible(slots.position, M, H, G)  # (B, H or 1, K)
+    kv_head = torch.arange(heads.start, heads.stop, device=query.device) // (H // G)
+    own = query[:, heads.start : heads.stop]
+    return attend_slots(own, key, value, slots.of_positions(seen.clamp(0, M - 1)), is_seen, scale, kv_head)
+
+
+def _attend_all(
+    heads: range, query: Tensor, key: Tensor, value: Tensor, slots: "_Slots", scale: float
+) -> tuple[Tensor, Tensor]:
+    """Some heads read every key of the document, where it lies; those that share keys come as queries."""
+    B, H, _, D = query.shape
+    repeats = H // key.shape[1]
+    parts = []
+    for run in _sharing(heads, repeats):
+        kv_heads = slice(run.start // repeats, (run.stop - 1) // repeats + 1)
+        k, v = key[:, kv_heads], value[:, kv_heads]
+        q = query[:, run.start : run.stop].reshape(B, k.shape[1], -1, D)
+        if slots.is_own is None:
+            output, lse = kernels.choose(kernels.Case.of(q, v)).forward(q, k, v, False, scale)
+        else:
+            output, lse = _attend(q, k, v, slots.is_own[:, None], scale)
+        parts.append((output.reshape(B, len(run), 1, -1), lse.reshape(B, len(run), 1)))
+    output, lse = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+    return output, lse
+
+
+def _sharing(heads: range, repeats: int) -> list[range]:
+    """Cut query heads so that equally many of each part share a key-value head.
+
+    Example:
+        >>> _sharing(range(2, 10), 4)
+        [range(2, 4), range(4, 8), range(8, 10)]
+    """
+    first = min(-(-heads.start // repeats) * repeats, heads.stop)
+    last = max(heads.stop // repeats * repeats, first)
+    return [part for part in (range(heads.start, first), range(first, last), range(last, heads.stop)) if part]
+
+
+class _Slots(NamedTuple):
+    """Where the tokens of each row's last document lie.
+
+    Attributes:
+        position: (B,) position of the query.
+        is_own: (B, M) slots of its document up to itself; None for all.
+        slots: (B, M + 1) slots of the positions; None if they are the same.
+    """
+
+    position: Tensor
+    is_own: Tensor | None = None
+    slots: Tensor | None = None
+
+    @classmethod
+    def of(cls, key_positions: Tensor | None, rows: int, keys: int, device: torch.device) -> "_Slots":
+        """Read them off the positions of the key slots."""
+        if key_positions is None:
+            return cls(torch.full((rows,), keys - 1, device=device))
+        key_positions = key_positions.to(device)
+        last = (key_positions != -2).sum(1, keepdim=True) - 1
+        slot = torch.arange(keys, device=device)
+        start = torch.where((key_positions == 0) & (slot <= last), slot, 0).amax(1, keepdim=True)
+        is_own = (key_positions >= 0) & (slot >= start) & (slot <= last)
+        slots = torch.zeros(rows, keys + 1, dtype=torch.long, device=device)
+        slots.scatter_(1, torch.where(is_own, key_positions, keys), slot.expand(rows, keys))
+        return cls(key_positions.gather(1, last).squeeze(1), is_own, slots)
+
+    def of_positions(self, position: Tensor) -> Tensor:
+        """Slots of positions (B, …)."""
+        if self.slots is None:
+            return position
+        rows = len(self.slots)
+        return self.slots.gather(1, position.expand(rows, -1, -1).flatten(1)).view(rows, *position.shape[1:])
+
+
+def _in_order(key: Tensor, slots: _Slots) -> Tensor:
     """Keys (B, G, M, D) in the order of their positions; those that a document does not have mean nothing."""
-    if key_positions is None:
+    if slots.slots is None:
         return key
     B, G, M, _ = key.shape
-    slot = slot_of(torch.arange(M, device=key.device).expand(B, 1, M))
+    slot = slots.of_positions(torch.arange(M, device=key.device).expand(B, 1, M))
     row, head = torch.arange(B, device=key.device)[:, None, None], torch.arange(G, device=key.device)[:, None]
     return key[row, head, slot]
-
-
-def _slots(
-    key_positions: Tensor | None, rows: int, keys: int, device: torch.device
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Position (B,) of each row's query, and the map from positions in its document to slots."""
-    if key_positions is None:
-        return torch.full((rows,), keys - 1, device=device), lambda position: position
-    key_positions = key_positions.to(device)
-    last = (key_positions != -2).sum(1, keepdim=True) - 1
-    slot = torch.arange(keys, device=device)
-    start = torch.where((key_positions == 0) & (slot <= last), slot, 0).amax(1, keepdim=True)
-    is_own = (key_positions >= 0) & (slot >= start) & (slot <= last)
-    slots = torch.zeros(rows, keys + 1, dtype=torch.long, device=device)
-    slots.scatter_(1, torch.where(is_own, key_positions, keys), slot.expand(rows, keys))
-
-    def slot_of(position: Tensor) -> Tensor:
-        return slots.gather(1, position.expand(rows, -1, -1).flatten(1)).view(rows, *position.shape[1:])
-
-    return key_positions.gather(1, last).squeeze(1), slot_of

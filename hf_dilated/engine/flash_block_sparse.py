@@ -13,6 +13,7 @@ from hf_dilated.patterns.documents import Documents
 
 BLOCK = 128  # the tile of its kernels for heads of up to 128 numbers
 LARGEST_HEAD = 128
+LIST_BYTES = 1 << 29  # of lists that differ between heads, in each direction
 
 
 class Lists(NamedTuple):
@@ -47,8 +48,11 @@ def refuses(
         return "needs whole documents, one a row"
     if not is_causal and documents.keys % BLOCK:
         return "needs whole blocks where attention is not causal"
-    if not all(parts.local_blocks for parts in pattern.config.parts(pattern.layer)):
+    parts = pattern.config.parts(pattern.layer)
+    if not all(own.local_blocks for own in parts):
         return "needs every token to see itself"
+    if len(parts) > 1 and 4 * query.shape[1] * (documents.keys // BLOCK) ** 2 > LIST_BYTES:
+        return f"needs lists for each head where heads differ, of more than {LIST_BYTES >> 20} MiB"
     return None
 
 

@@ -133,15 +133,20 @@ class BlockSparsePattern:
 
     def visible(self, position: Tensor, keys: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
         """List the positions that one causal query sees (:class:`hf_dilated.patterns.partials.Pattern`)."""
+        return self.visible_to(range(heads), position, keys, heads)
+
+    def visible_to(self, some: range, position: Tensor, keys: int, heads: int) -> tuple[Tensor, Tensor]:
+        """The same for some of the heads, which are whole groups."""
         size = self.config.block_size
         blocks = -(-keys // size)
         within = torch.arange(size, device=position.device)
         rows = []
         for group in self.groups(heads):
-            check_mask(group.parts, blocks)
-            seen = earlier_blocks(group.parts, position // size, blocks, group.stream)
-            seen = (seen[:, :, None] * size + within).flatten(1)  # (B, K)
-            rows.append(seen[:, None].expand(-1, len(group.heads), -1))
+            if group.heads.start in some:
+                check_mask(group.parts, blocks)
+                seen = earlier_blocks(group.parts, position // size, blocks, group.stream)
+                seen = (seen[:, :, None] * size + within).flatten(1)  # (B, K)
+                rows.append(seen[:, None].expand(-1, len(group.heads), -1))
         longest = max(row.shape[2] for row in rows)
         rows = [torch.nn.functional.pad(row, (0, longest - row.shape[2]), value=NONE) for row in rows]
         positions = torch.cat(rows, 1)

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -91,6 +92,30 @@ def test_a_density_that_cannot_be_met_is_refused():
         BlockSparseConfig().with_density(0.5, 0)
     with pytest.raises(ConfigError, match="density: layers or heads differ"):
         BlockSparseConfig(layers=((BlockParts(),),)).with_density(0.5, 4096)
+
+
+@pytest.mark.parametrize(("length", "operations"), [(32768, 0.35), (131072, 0.28), (1 << 20, 0.25)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (8, 8), (4, 1)])
+def test_a_quarter_of_the_heads_is_dense_by_default(length, operations, heads, kv_heads):
+    model = LlamaConfig(max_position_embeddings=length, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    config = BlockSparseConfig.from_model_config(model)
+    assert BlockSparsePattern(config=config).density(length) == pytest.approx(operations, abs=0.005)
+    seen = BlockSparsePattern(config=config).block_matrix(8192, heads)
+    causal = torch.ones(64, 64, dtype=torch.bool).tril()
+    assert [torch.equal(head, causal) for head in seen] == [head < heads // 4 for head in range(heads)]
+
+
+def test_models_whose_heads_are_not_one_number_get_a_window():
+    for model in (PreTrainedConfig(), PreTrainedConfig(num_attention_heads=[4, 8])):
+        assert BlockSparseConfig.from_model_config(model, max_length=8192).layers == ()
+
+
+def test_every_block_seen_is_dense_at_any_length():
+    everything, near = BlockParts(stride_blocks=1), BlockParts(local_blocks=2, global_blocks=1)
+    assert BlockSparseConfig(layers=((everything,),)).dense_length() == sys.maxsize
+    assert BlockSparseConfig(layers=((everything, near),)).dense_length() == 3 * 128
+    assert BlockSparseConfig(local_blocks=0, stride_blocks=1).dense_length() == sys.maxsize
+    assert BlockSparseConfig(local_blocks=0, stride_blocks=2).dense_length() == 0
 
 
 def test_short_models_stay_dense():

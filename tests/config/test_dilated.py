@@ -3,9 +3,11 @@ import warnings
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlavaConfig, XLNetConfig
 
-from hf_dilated import BlockSparseConfig, ConfigError, DilatedConfig, StoredConfig
+from hf_dilated import BlockParts, BlockSparseConfig, ConfigError, DilatedConfig, StoredConfig
 from hf_dilated.config.presets import Preset
 from hf_dilated.config.stored import STORED_VERSION
 
@@ -139,7 +141,28 @@ DILATED_OPTIONS = {"overlap": "count", "offset": "kv_head", "sink_tokens": 4, "p
 ])  # fmt: skip
 def test_a_preset_is_what_a_model_gets(monkeypatch, module, name, config_class, options):
     model = LlamaConfig(max_position_embeddings=8192, num_hidden_layers=10)
+    monkeypatch.setattr(f"hf_dilated.config.{module}.{name}", Preset())
     before = config_class.from_model_config(model)
     assert before.dense_layers == ()
     monkeypatch.setattr(f"hf_dilated.config.{module}.{name}", Preset(dense_every=5, options=options))
     assert config_class.from_model_config(model) == replace(before, dense_layers=(4, 9), **options)
+
+
+def test_dense_heads_of_a_preset(monkeypatch):
+    model = LlamaConfig(max_position_embeddings=8192, num_hidden_layers=10, hidden_size=96, num_attention_heads=6)
+    preset = Preset(dense_every=5, dense_heads=1 / 3, options={"topk_blocks": 2})
+    monkeypatch.setattr("hf_dilated.config.block_sparse.BLOCK_SPARSE", preset)
+    config = BlockSparseConfig.from_model_config(model)
+    near = BlockParts(local_blocks=17, global_blocks=1, topk_blocks=2)
+    assert config == BlockSparseConfig(layers=((BlockParts(stride_blocks=1), near, near),), dense_layers=(4, 9))
+
+
+@given(heads=st.integers(1, 256), share=st.floats(0.01, 1))
+def test_dense_heads_are_as_near_to_the_share_as_heads_divide(heads, share):
+    dense, groups = Preset(dense_heads=share).for_heads(heads)
+    assert heads % groups == 0
+    assert 0 <= dense <= groups
+    assert (dense == 0) == (heads == 1)
+    if heads * share >= 1:
+        assert abs(dense / groups - share) <= share / 2
+    assert Preset().for_heads(heads) == (0, 1)

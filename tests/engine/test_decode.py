@@ -1,9 +1,16 @@
+from dataclasses import replace
+from operator import attrgetter
+
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
 
-from hf_dilated import DilatedConfig, dilated_attention, reference
+from hf_dilated import BlockSparseConfig, DilatedConfig, dilated_attention, reference
 from hf_dilated.engine.decode import decode
-from hf_dilated.patterns import DensePattern, DilatedPattern
+from hf_dilated.patterns import BlockSparsePattern, DensePattern, DilatedPattern
 from tests.cases import cases
 
 
@@ -57,3 +64,42 @@ def test_window():
     output, _ = decode(query, key, value, None, DensePattern(window=5), 8**-0.5)
     dense = torch.nn.functional.scaled_dot_product_attention(query, key[:, :, 15:], value[:, :, 15:])
     torch.testing.assert_close(output, dense, atol=1e-12, rtol=0)
+
+
+class _Largest(TorchDispatchMode):
+    """The most numbers that any operator gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for x in tree_leaves(result):
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (14, 2), (6, 1), (4, 4)])
+def test_heads_that_see_everything_are_read_where_they_lie(heads, kv_heads, dtype, padded):
+    torch.manual_seed(0)
+    config = LlamaConfig(num_attention_heads=heads, max_position_embeddings=8192, hidden_size=heads * 8)
+    by_head = BlockSparseConfig.from_model_config(config).layers[0]
+    near = replace(by_head[-1], local_blocks=2)
+    config = BlockSparseConfig(block_size=4, layers=(tuple(parts if parts.sees_all else near for parts in by_head),))
+    query, key, value = (torch.randn(2, n, m, 8).to(dtype) for n, m in ((heads, 1), (kv_heads, 200), (kv_heads, 200)))
+    positions = None
+    if padded:
+        positions = torch.arange(200) - torch.tensor([[0], [9]])
+        positions = positions.clamp(min=-1).masked_fill(torch.arange(200) >= 190, -2)
+        key[:, :, 190:] = value[:, :, 190:] = float("nan")
+    with _Largest() as largest:
+        output, lse = decode(query, key, value, positions, BlockSparsePattern(config=config), 8**-0.5)
+    right, right_lse = reference.block_sparse_attention(
+        query, key.nan_to_num(), value.nan_to_num(), config, key_positions=positions, return_lse=True
+    )
+    close = {"atol": 1e-11, "rtol": 0} if dtype == torch.float64 else {"atol": 2e-2, "rtol": 0}
+    torch.testing.assert_close(output.double(), right.double(), **close)
+    torch.testing.assert_close(lse.double(), right_lse.double(), **close)
+    dense_keys = -(-sum(map(attrgetter("sees_all"), by_head)) * kv_heads // len(by_head))
+    assert largest.numel <= max(2 * dense_keys * 200 * 8, 2 * heads * 20 * 8)

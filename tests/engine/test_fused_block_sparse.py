@@ -205,10 +205,11 @@ def test_flash_attention_4_gets_the_right_lists(flash_attention_4, groups, lengt
         (BlockSparseConfig(block_size=64), 256, True, "needs blocks of 128 tokens"),
         (BlockSparseConfig(local_blocks=0, global_blocks=1), 256, True, "needs every token to see itself"),
         (BlockSparseConfig(), 300, False, "needs whole blocks where attention is not causal"),
+        (BlockSparseConfig(layers=((BlockParts(), BlockParts()),)), 1 << 21, True, "more than 512 MiB"),
     ],
 )
 def test_what_flash_attention_4_does_not_run(flash_attention_4, config, length, is_causal, reason):
-    pattern, x = BlockSparsePattern(config=config), torch.zeros(1, 2, length, 8)
+    pattern, x = BlockSparsePattern(config=config), torch.zeros(1, 2, 1, 8).expand(-1, -1, length, -1)
     documents = Documents.whole_rows(1, length, length)
     assert reason in flash_block_sparse.refuses(pattern, documents, is_causal, x, x)
     torch.use_deterministic_algorithms(True, warn_only=True)
