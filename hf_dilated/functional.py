@@ -156,11 +156,14 @@ def attend(
 
 
 def _is_stock(query: Tensor, key: Tensor, pattern: Pattern, is_causal: bool) -> bool:
-    """Whether torch's own attention does the same as well: one dense document, whole or its last token."""
+    """Whether torch's own attention does the same as well: one dense document, whole or its last token.
+
+    Not its last token on a GPU, where cuDNN, which torch may take, plans anew for every length.
+    """
     N, M = query.shape[2], key.shape[2]
     if query.is_cuda and query.dtype == torch.float32 and query.shape[1] != key.shape[1]:
         return False  # grouped heads in float32 would run on the kernel that keeps all scores
-    return pattern.is_dense(M) and (N == M or (N == 1 and is_causal))
+    return pattern.is_dense(M) and (N == M or (N == 1 and is_causal and not query.is_cuda))
 
 
 def known_positions(

@@ -11,7 +11,7 @@ from hf_dilated.engine import kernels
 from hf_dilated.engine.chosen import chosen_positions
 from hf_dilated.engine.execute import HAS_TRITON, runs_fused
 from hf_dilated.engine.streamed import wide
-from hf_dilated.patterns import BlockSparsePattern, DensePattern, DilatedPattern, Pattern
+from hf_dilated.patterns import BlockSparsePattern, DilatedPattern, Pattern
 
 if HAS_TRITON:
     from hf_dilated.engine.fused_decode import fused_decode
@@ -46,7 +46,7 @@ def decode(
         _attend_all(heads, query, key, value, slots, scale)
         if sees_all
         else _attend_seen(heads, query, key, value, slots, pattern, scale)
-        for heads, sees_all in _runs(pattern, query.shape[1])
+        for heads, sees_all in _runs(pattern, query.shape[1], key.shape[2])
     ]
     output, lse = parts[0] if len(parts) == 1 else (torch.cat(x, 1) for x in zip(*parts, strict=True))
     return output.to(query.dtype), lse
@@ -93,10 +93,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, is_seen: Tensor, scale: f
     return weights @ value, lse.squeeze(3)
 
 
-def _runs(pattern: Pattern, heads: int) -> list[tuple[range, bool]]:
+def _runs(pattern: Pattern, heads: int, keys: int) -> list[tuple[range, bool]]:
     """Query heads side by side, and whether they see every key of their document."""
-    if not isinstance(pattern, BlockSparsePattern):
-        return [(range(heads), isinstance(pattern, DensePattern) and pattern.window is None)]
+    if pattern.is_dense(keys) or not isinstance(pattern, BlockSparsePattern):
+        return [(range(heads), pattern.is_dense(keys))]
     runs = []
     for sees_all, run in groupby(pattern.groups(heads), key=lambda group: group.parts.sees_all):
         groups = list(run)
@@ -134,7 +134,7 @@ def _attend_all(
         k, v = key[:, kv_heads], value[:, kv_heads]
         q = query[:, run.start : run.stop].reshape(B, k.shape[1], -1, D)
         if slots.is_own is None:
-            output, lse = kernels.choose(kernels.Case.of(q, v)).forward(q, k, v, False, scale)
+            output, lse = kernels.choose_for_one(kernels.Case.of(q, v)).forward(q, k, v, False, scale)
         else:
             output, lse = _attend(q, k, v, slots.is_own[:, None], scale)
         parts.append((output.reshape(B, len(run), 1, -1), lse.reshape(B, len(run), 1)))

@@ -103,3 +103,26 @@ def test_heads_that_see_everything_are_read_where_they_lie(heads, kv_heads, dtyp
     torch.testing.assert_close(lse.double(), right_lse.double(), **close)
     dense_keys = -(-sum(map(attrgetter("sees_all"), by_head)) * kv_heads // len(by_head))
     assert largest.numel <= max(2 * dense_keys * 200 * 8, 2 * heads * 20 * 8)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("pattern", [
+    DensePattern(),
+    DilatedPattern(config=DilatedConfig(segment_lengths=(64, 256), dilation_rates=(1, 2))),
+    BlockSparsePattern(config=BlockSparseConfig(block_size=4, local_blocks=16)),
+])  # fmt: skip
+def test_a_document_that_sees_all_of_itself_is_read_where_it_lies(pattern, padded):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, n, m, 8, dtype=torch.float64) for n, m in ((6, 1), (2, 60), (2, 60)))
+    positions = (torch.arange(60) - torch.tensor([[0], [9]])).clamp(min=-1) if padded else None
+    with _Largest() as largest:
+        output, lse = decode(query, key, value, positions, pattern, 0.4)
+    bias = torch.zeros(2, 1, 1, 60, dtype=torch.float64)
+    if padded:
+        bias[1, ..., :9] = -torch.inf
+    key, value = (x.repeat_interleave(3, 1) for x in (key, value))
+    right = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=0.4)
+    torch.testing.assert_close(output, right, atol=1e-12, rtol=0)
+    right_lse = ((query @ key.transpose(2, 3)) * 0.4 + bias).logsumexp(3)
+    torch.testing.assert_close(lse, right_lse, atol=1e-12, rtol=0)
+    assert largest.numel <= 2 * 2 * 60 * 8

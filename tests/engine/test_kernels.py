@@ -34,6 +34,14 @@ def test_choice(changes, name):
 
 
 @pytest.mark.parametrize(
+    ("changes", "name"),
+    [({}, "flash_attention_2"), ({"value_size": 64}, "efficient"), ({"device": "cpu"}, "cpu_flash")],
+)
+def test_choice_for_one_token(changes, name):
+    assert kernels.choose_for_one(Case(**{"dtype": torch.bfloat16, **H100, "recurs": True, **changes})).name == name
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [({}, "flash-attn-4"), ({"capability": (8, 0)}, "9.0"), ({"head_size": 512, "value_size": 512}, "up to 256")],
 )

@@ -25,17 +25,25 @@ __all__ = [
     "PackedLengths",
     "attend_with_bias",
     "choose",
+    "choose_for_one",
     "choose_packed",
     "explain",
 ]
 
 KERNELS = (FLASH_ATTENTION_4, CUDNN, FLASH_ATTENTION_2, EFFICIENT, CPU_FLASH, PLAIN)
+KERNELS_FOR_ONE = KERNELS[2:]  # cuDNN plans anew for every number of keys, FlashAttention 4 does not divide the keys
 
 
 @lru_cache(maxsize=256)
 def choose(case: Case) -> Kernel:
     """Return the first kernel of :data:`KERNELS` that can run a case."""
     return next(kernel for kernel in KERNELS if kernel.refuses(case) is None)
+
+
+@lru_cache(maxsize=256)
+def choose_for_one(case: Case) -> Kernel:
+    """Return the first kernel for the queries of one token that can run a case."""
+    return next(kernel for kernel in KERNELS_FOR_ONE if kernel.refuses(case) is None)
 
 
 @lru_cache(maxsize=256)
