@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_dilated.config import BlockParts, BlockSparseConfig
 from hf_dilated.patterns.blocks import NONE, earlier_blocks, later_rows_see, stream_of, visited_pairs
+from hf_dilated.patterns.dense import whole_documents
 from hf_dilated.patterns.documents import Documents
 from hf_dilated.patterns.partials import Gathered, Level, Spans, merge_levels, rectangle, staircase
 
@@ -231,6 +232,8 @@ class BlockSparsePattern:
     def _levels(self, group: Group, documents: Documents, is_causal: bool) -> list[Level]:
         if not documents.length:
             return []
+        if group.parts.sees_all:
+            return whole_documents(group.heads, documents, is_causal)
         tiles = self.tiles(group, documents, is_causal, "cpu")
         document, row, edges, start, stop, blocks = (x.numpy() for x in tiles)
         size = self.config.block_size

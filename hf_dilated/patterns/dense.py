@@ -46,17 +46,22 @@ class DensePattern:
     def levels(self, documents: Documents, heads: int, kv_heads: int, is_causal: bool) -> list[Level]:
         """List the partial attentions (:class:`hf_dilated.patterns.partials.Pattern`)."""
         every_head = range(heads)
-        length, first = np.array(documents.length), np.array(documents.first_query)
         if self.window is None or self.is_dense(max(documents.length, default=0)):
-            query = Spans(np.array(documents.query_base) + first, length - first, 1)
-            key = Spans(np.array(documents.key_base), length, 1)
-            return staircase(every_head, query, key, first) if is_causal else rectangle(every_head, query, key)
+            return whole_documents(every_head, documents, is_causal)
         blocks = _Blocks(documents, self.window)
         earlier = blocks.triangle(every_head, -1, reverse=True)
         if is_causal:
             return staircase(every_head, blocks.query, blocks.key, blocks.skipped) + earlier
         own = rectangle(every_head, blocks.query, blocks.key)
         return own + earlier + blocks.triangle(every_head, 1, reverse=False)
+
+
+def whole_documents(heads: range, documents: Documents, is_causal: bool) -> list[Level]:
+    """List the partial attentions of heads that see everything in their document."""
+    length, first = np.array(documents.length), np.array(documents.first_query)
+    query = Spans(np.array(documents.query_base) + first, length - first, 1)
+    key = Spans(np.array(documents.key_base), length, 1)
+    return staircase(heads, query, key, first) if is_causal else rectangle(heads, query, key)
 
 
 class _Blocks:

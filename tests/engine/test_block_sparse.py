@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from hf_dilated import BlockParts, BlockSparseConfig, block_sparse_attention, reference
 from hf_dilated.engine.decode import decode
 from hf_dilated.patterns import BlockSparsePattern
+from hf_dilated.patterns.documents import Documents
+from hf_dilated.patterns.partials import Spans
 from tests.cases import block_configs, cases
 from tests.engine.checks import assert_equals_oracle
 
@@ -55,6 +57,15 @@ def test_one_query_of_a_cache(case):
     )
     torch.testing.assert_close(output, right, atol=1e-11, rtol=0)
     torch.testing.assert_close(lse, right_lse, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_heads_that_see_everything_gather_nothing(is_causal):
+    config = BlockSparseConfig(block_size=4, layers=((BlockParts(stride_blocks=1), BlockParts(local_blocks=2)),))
+    (level,) = BlockSparsePattern(config=config).levels(Documents.whole_rows(2, 30, 30), 4, 2, is_causal)[:1]
+    parts = [part for part in level if 0 in part.heads]
+    assert [(part.heads, part.is_causal, type(part.key)) for part in parts] == [((0, 1), is_causal, Spans)]
+    assert parts[0].key.count.tolist() == [30, 30]
 
 
 CONTENT = BlockSparseConfig(block_size=4, local_blocks=1, global_blocks=1, random_blocks=1, topk_blocks=2)
