@@ -1,5 +1,7 @@
 """Attention to a cache that has dropped what no later token sees."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,23 +57,25 @@ def decode_kept(
     return attend_with_bias(query, key, value, bias, scale).view(B, H, 1, -1)
 
 
-def spread(x: Tensor, key_positions: Tensor, past: int, queries: int) -> Tensor:
+def spread(classes: Sequence[Tensor], key_positions: Sequence[Tensor], past: int, queries: int) -> Tensor:
     """Put kept keys (or values) back where their positions say; what was dropped stays unwritten.
 
     Args:
-        x: (B, G, M, D); the last ``queries`` slots are new.
-        key_positions: (B or 1, G, M) position of the key in each slot, -1 for none.
+        classes: (B, G, M, D) of classes of heads side by side; the last ``queries`` slots are new.
+        key_positions: (B or 1, G, M) for each of them, the position of the key in each slot, -1 for none.
         past: Tokens before the new ones, at most over the rows.
         queries: N.
 
     Returns:
-        (B, G, past + N, D).
+        (B, G of all classes, past + N, D).
     """
-    B, G, M, D = x.shape
-    old = M - queries
-    slot = key_positions[..., :old]
-    slot = torch.where(slot >= 0, slot, past)  # nothing: where a new one will be written
-    result = buffers.empty(BufferType.TEMP, (B, G, past + queries, D), x.dtype, x.device)
-    result.scatter_(2, slot[..., None].expand(B, G, old, D), x[:, :, :old])
-    result[:, :, past:] = x[:, :, old:]
+    heads, (B, _, _, D) = [x.shape[1] for x in classes], classes[0].shape
+    shape = B, sum(heads), past + queries, D
+    result = buffers.empty(BufferType.TEMP, shape, classes[0].dtype, classes[0].device)
+    for own, x, positions in zip(result.split(heads, 1), classes, key_positions, strict=True):
+        G, old = x.shape[1], x.shape[2] - queries
+        slot = positions[..., :old]
+        slot = torch.where(slot >= 0, slot, past)  # nothing: where a new one will be written
+        own.scatter_(2, slot[..., None].expand(B, G, old, D), x[:, :, :old])
+        own[:, :, past:] = x[:, :, old:]
     return result

@@ -94,14 +94,12 @@ def attention_forward(
     """
     _check_options(module, dropout, softcap, options)
     is_causal = causality(module, attention_mask, is_causal)
-    if (kept := kept_keys(key)) is not None:
+    if (kept := kept_keys(key, value)) is not None:
         are_whole = _are_whole(query, attention_mask, options.get("position_ids"))
         pattern = module_pattern(module, sliding_window, backend)
-        query, key, value = _autocast(query, key, value)
+        (query,), kept = _autocast(query), kept.each(_autocast)
         memory = module_memory(module) if query.shape[2] > 1 else ""  # one query allocates nothing large
-        result = attend_kept(
-            query, key, value, pattern, kept, are_whole=are_whole, scale=scaling, sink_logits=s_aux, memory=memory
-        )
+        result = attend_kept(query, kept, pattern, are_whole=are_whole, scale=scaling, sink_logits=s_aux, memory=memory)
         return result.transpose(1, 2).contiguous(), None
     _check_lengths(module, query, key, attention_mask, is_causal)
     key_positions = _key_positions(query, key.shape[2], attention_mask, options.get("position_ids"))

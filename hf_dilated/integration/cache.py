@@ -8,13 +8,13 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_dilated.integration.backends import BACKENDS
-from hf_dilated.integration.kept import Slots, refuse_gradients, remember
+from hf_dilated.integration.kept import Kept, Part, Slots, remember
 from hf_dilated.integration.layers import layer_pattern
 from hf_dilated.integration.memory import cache_memory
 from hf_dilated.integration.persistence import stored_config
 from hf_dilated.integration.places import Places, Room, Select, Told
+from hf_dilated.integration.store import Store
 from hf_dilated.integration.support import UnsupportedError
-from hf_dilated.memory import BufferType, buffers
 from hf_dilated.patterns import DensePattern
 from hf_dilated.patterns.partials import ForgettingPattern
 
@@ -89,7 +89,10 @@ class DilatedCache(PatternCache):
 
 
 class BlockSparseCache(PatternCache):
-    """Keeps the blocks that a later row of the pattern shows; see :class:`PatternCache`."""
+    """Keeps the blocks that a later row of the pattern shows to the query heads of each key-value head.
+
+    See :class:`PatternCache`.
+    """
 
     backend = "block_sparse"
 
@@ -97,95 +100,62 @@ class BlockSparseCache(PatternCache):
 class PatternLayer(DynamicLayer):
     """The keys and values of one layer, those that a later token sees.
 
-    Several tokens are put behind what is kept, and then all is reduced. Tokens that come one by one are written into
-    room that is kept behind; when it is full, keys and values move to where there is room again.
-
     Attributes:
-        places: Where the keys stand; layers that are given the same ones share all that follow from them.
+        stores: What holds them: one store for every run of key-value heads that needs other keys than its neighbours,
+            which are known when the first tokens come.
     """
 
     is_croppable = False
-    keys: Tensor | None
-    values: Tensor | None
 
     def __init__(self, places: Places, told: Told, drop_every: int, memory: str = "") -> None:
         super().__init__()
-        self.places: Places | Room = places
-        self.told = told
-        self.drop_every = drop_every
-        self.memory = memory
-        self.is_initialized = False
         _check_forgets(places.pattern, places.heads)
+        self.pattern = places.pattern
+        self.heads = places.heads
+        self.stores: tuple[Store, ...] = (Store(places=places, told=told, drop_every=drop_every, memory=memory),)
+        self.is_split = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take the keys (B, G, N, D) and values of new tokens; return them behind those that were kept."""
+        """Take the keys (B, G, N, D) and values of new tokens, and return what attention then asks about.
+
+        These are all keys as long as there is one store and none was dropped, and the kept ones when some were. Several
+        stores have no one tensor to return: the new keys stand for what the attention function is told of.
+        """
         if torch.compiler.is_compiling():
             raise UnsupportedError("past_key_values: a cache that drops keys cannot be compiled; use a static cache")
-        if self.keys is not None and self.values is not None and key_states.shape[2] == 1:
-            return self._write(self.keys, self.values, key_states, value_states)
-        return self._join(key_states, value_states)
-
-    def _join(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put tokens behind, and drop what none after them sees; keys and values of before that are returned."""
-        places = self.places.joined(self.told, keys)
-        if self.keys is None or self.values is None:
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        else:
-            used = self.places.used
-            with buffers.using(self.memory):
-                keys = buffers.joined(BufferType.CACHE, [self.keys[:, :, :used], keys], 2)
-                values = buffers.joined(BufferType.CACHE, [self.values[:, :, :used], values], 2)
-        if places.has_dropped:
+        are_first = self.get_seq_length() == 0
+        parts = self._updated(key_states, value_states)
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        if len(parts) > 1:
+            if not are_first:
+                remember(key_states, Kept(self.pattern, parts))
+            return key_states, value_states
+        ((keys, values, places),) = parts
+        if isinstance(places, Room) or places.has_dropped:
             remember(keys, places)
-        self.places, order = places.reduced()
-        self.keys, self.values = (self._chosen(x, order) for x in (keys, values))
         return keys, values
 
-    def _write(self, keys: Tensor, values: Tensor, new_key: Tensor, new_value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token into the room behind the others; all slots are returned."""
-        refuse_gradients(new_key, new_value)
-        room = self.places
-        takes = _takes(keys, new_key) and _takes(values, new_value)
-        if isinstance(room, Places) or room.is_full or not takes:
-            before, order = room.closed().reduced()
-            room = before.with_room(self.drop_every)
-            keys, values = (
-                self._with_room(self._chosen(x, order), before.used, room.slots, new.dtype)
-                for x, new in ((keys, new_key), (values, new_value))
-            )
-        after = room.advanced(self.told)
-        keys.select(2, room.used).copy_(new_key.squeeze(2))
-        values.select(2, room.used).copy_(new_value.squeeze(2))
-        self.keys, self.values, self.places = keys, values, after
-        remember(keys, after)
-        return keys, values
-
-    def _chosen(self, x: Tensor, slots: Tensor | None) -> Tensor:
-        """Keys (or values) in slots (B or 1, G, M), of all if there is nothing to choose."""
-        if slots is None:
-            return x
-        B, D = len(x), x.shape[3]
-        with buffers.using(self.memory):
-            return buffers.chosen(BufferType.CACHE, x, 2, slots.expand(B, -1, -1)[..., None].expand(-1, -1, -1, D))
-
-    def _with_room(self, x: Tensor, used: int, slots: int, dtype: torch.dtype) -> Tensor:
-        """Put the used slots of x before zeros."""
-        B, G, _, D = x.shape
-        with buffers.using(self.memory):
-            result = buffers.full(
-                BufferType.CACHE, (B, G, slots, D), 0.0, torch.promote_types(x.dtype, dtype), x.device
-            )
-        result[:, :, :used] = x[:, :, :used]
-        return result
+    def _updated(self, key: Tensor, value: Tensor) -> tuple[Part, ...]:
+        """Give every store its heads of new keys and values; what attention is to see of each is returned."""
+        if not self.is_split:
+            (whole,) = self.stores
+            self.stores, self.is_split = whole.classes(key.shape[1]), True
+        if len(self.stores) == 1:
+            made = [self.stores[0].updated(key, value)]
+        else:
+            heads = [store.places.heads * key.shape[1] // self.heads for store in self.stores]
+            news = zip(self.stores, key.split(heads, 1), value.split(heads, 1), strict=True)
+            made = [store.updated(own_key, own_value) for store, own_key, own_value in news]
+        self.stores = tuple(store for store, _ in made)
+        return tuple(part for _, part in made)
 
     def get_seq_length(self) -> int:
         """Number of tokens so far, also those whose keys are gone."""
-        return self.places.seen
+        return self.stores[0].places.seen
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = None
-        self.is_initialized, self.places = False, self.places.emptied()
+        self.is_initialized, self.stores = False, tuple(store.emptied() for store in self.stores)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what was dropped cannot come back."""
@@ -212,15 +182,7 @@ class PatternLayer(DynamicLayer):
 
     def _select(self, select: Select, cause: object) -> None:
         """Take rows; the cause is the same object for all layers."""
-        if self.keys is None or self.values is None:
-            return
-        self.places = self.places.selected(select, cause)
-        self.keys, self.values = select(self.keys), select(self.values)
-
-
-def _takes(x: Tensor, new: Tensor) -> bool:
-    """Whether something new can be written into x; what inference mode has made, only inference mode changes."""
-    return x.dtype == new.dtype and (torch.is_inference_mode_enabled() or not x.is_inference())
+        self.stores = tuple(store.selected(select, cause) for store in self.stores)
 
 
 def _check_forgets(pattern: ForgettingPattern, heads: int) -> None:

@@ -99,6 +99,14 @@ class Places(_Shared):
         nothing = torch.zeros(1, dtype=torch.long)
         return cls(pattern=pattern, heads=heads, positions=nothing.view(1, 1, 1)[..., :0], tokens=nothing, past=nothing)
 
+    def classes(self, kv_heads: int) -> tuple["Places", ...]:
+        """The places of no keys for each run of heads that needs other keys than its neighbours."""
+
+        def make() -> tuple[Places, ...]:
+            return tuple(Places.none(pattern, heads) for pattern, heads in self.pattern.classes(self.heads, kv_heads))
+
+        return self._once(("classes", kv_heads), None, make)
+
     @property
     def used(self) -> int:
         """Slots that hold a key."""

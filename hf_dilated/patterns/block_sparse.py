@@ -1,5 +1,7 @@
 """Block-sparse attention: rows of blocks."""
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -152,6 +154,26 @@ class BlockSparsePattern:
         rows = [torch.nn.functional.pad(row, (0, longest - row.shape[2]), value=NONE) for row in rows]
         positions = torch.cat(rows, 1)
         return positions, positions <= position[:, None, None]
+
+    def classes(self, heads: int, kv_heads: int) -> list[tuple["BlockSparsePattern", int]]:
+        """Split the heads where key-value heads begin to be read by other parts.
+
+        See :class:`hf_dilated.patterns.partials.ForgettingPattern`.
+        """
+        groups, repeats = self.groups(heads), heads // kv_heads
+        size = math.gcd(repeats, len(groups[0].heads))  # query heads that share both parts and keys
+        parts = [group.parts for group in groups for _ in group.heads[::size]]
+        readers = repeats // size
+        per_key = [tuple(parts[first : first + readers]) for first in range(0, len(parts), readers)]
+        runs = [list(run) for _, run in itertools.groupby(per_key, frozenset)]
+        if len(runs) == 1:
+            return [(self, heads)]
+        return [(self._only(tuple(itertools.chain(*run))), len(run) * repeats) for run in runs]
+
+    def _only(self, parts: tuple[BlockParts, ...]) -> "BlockSparsePattern":
+        """The same blocks for equally many heads each; where blocks are drawn, others are."""
+        own = parts[:1] if len(set(parts)) == 1 else parts
+        return BlockSparsePattern(config=BlockSparseConfig(block_size=self.config.block_size, layers=(own,)))
 
     def kept(self, key_position: Tensor, following: Tensor, heads: int, kv_heads: int) -> Tensor:
         """Say which keys later queries see (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""

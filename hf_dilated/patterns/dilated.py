@@ -110,6 +110,10 @@ class DilatedPattern:
             inner = w
         return torch.cat(seen, 2), torch.cat(is_seen, 2)
 
+    def classes(self, heads: int, kv_heads: int) -> list[tuple["DilatedPattern", int]]:
+        """All heads are one: they keep equally many keys (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
+        return [(self, heads)]
+
     def kept(self, key_position: Tensor, following: Tensor, heads: int, kv_heads: int) -> Tensor:
         """Say which keys later queries see (:class:`hf_dilated.patterns.partials.ForgettingPattern`)."""
         S, device = self.config.sink_tokens, key_position.device

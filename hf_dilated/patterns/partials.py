@@ -112,6 +112,14 @@ class Pattern(Hashable, Protocol):
 class ForgettingPattern(Pattern, Protocol):
     """A rule under which later tokens no longer see some keys, so that a cache may drop them."""
 
+    def classes(self, heads: int, kv_heads: int) -> list[tuple["ForgettingPattern", int]]:
+        """Split the heads into runs of whole key-value heads, of which each needs other keys than its neighbours.
+
+        Returns:
+            The pattern of every run's heads alone, and how many query heads it has.
+        """
+        ...
+
     def kept(self, key_position: Tensor, following: Tensor, heads: int, kv_heads: int) -> Tensor:
         """Say which keys a causal query at ``following`` or later sees.
 

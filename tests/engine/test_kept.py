@@ -1,5 +1,9 @@
 """What a pattern says later tokens see, and how often keys count, against the oracle's definition."""
 
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,6 +87,36 @@ def test_blocks_are_forgotten() -> None:
     pattern = BlockSparsePattern(config=BlockSparseConfig(block_size=2, layers=((parts,),)))
     kept = pattern.kept(torch.arange(20)[None, None], torch.tensor([20]), 2, 1)[0, 0]
     assert (kept.nonzero()[:, 0] // 2).unique().tolist() == [0, 6, 7, 8, 9]
+
+
+@settings(max_examples=40, deadline=None)
+@given(config=block_configs(LENGTH), kv_heads=st.integers(1, 6), repeats=st.sampled_from([2, 4, 6]))
+def test_classes_are_runs_of_whole_key_value_heads(config: BlockSparseConfig, kv_heads: int, repeats: int) -> None:
+    layers = [[replace(parts, random_blocks=0) for parts in layer] for layer in config.layers]
+    pattern, heads = BlockSparsePattern(config=replace(config, layers=layers), layer=1), kv_heads * repeats
+    classes = pattern.classes(heads, kv_heads)
+    assert not any(own % repeats for _, own in classes)
+    shown = torch.cat([own.block_matrix(LENGTH, count) for own, count in classes])
+    assert torch.equal(shown, pattern.block_matrix(LENGTH, heads))
+    kinds = [set(own.config.parts()) for own, _ in classes]
+    assert all(one != other for one, other in pairwise(kinds))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "expected"),
+    [(32, 32, [8, 24]), (32, 8, [8, 24]), (32, 2, [16, 16]), (14, 2, [7, 7]), (40, 8, [10, 30]), (8, 1, [8])],
+)
+def test_classes_of_the_default_pattern(heads: int, kv_heads: int, expected: list[int]) -> None:
+    """Where heads of both kinds read one key-value head, it keeps everything; the others are one group of heads."""
+    model = SimpleNamespace(max_position_embeddings=8192, num_attention_heads=heads)
+    classes = BlockSparsePattern(config=BlockSparseConfig.from_model_config(model)).classes(heads, kv_heads)
+    assert [count for _, count in classes] == expected
+    positions = torch.arange(8000)[None, None]
+    shares = [own.kept(positions, torch.tensor([8000]), own_heads, 1).double().mean() for own, own_heads in classes]
+    assert shares[0] == 1
+    for (own, _), share in zip(classes[1:], shares[1:], strict=True):
+        assert share < 0.3
+        assert len(own.config.parts()) == 1
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig
 
-from hf_dilated import BlockSparseConfig, DilatedConfig
+from hf_dilated import BlockParts, BlockSparseConfig, DilatedConfig
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.cache import BlockSparseCache, DilatedCache, PatternCache, PatternLayer
 from hf_dilated.integration.kept import attend_kept, kept_keys
 from hf_dilated.integration.places import Places, Told
+from hf_dilated.integration.store import Store
 from hf_dilated.integration.support import UnsupportedError
 from tests.cases import ATTENTION, Config, block_configs, configs
 from tests.tiny_models import tiny_model, tokens
@@ -28,7 +29,9 @@ DILATED = DilatedConfig(
 )
 COUNT = DilatedConfig.longnet((8, 16, 64), (1, 2, 4))
 BLOCKS = BlockSparseConfig(block_size=4, local_blocks=2, global_blocks=1, dilated_blocks=2)
-PATTERNS: dict[str, Config] = {"dilated": DILATED, "count": COUNT, "blocks": BLOCKS}
+ALL, NEAR = BlockParts(stride_blocks=1), BlockParts(local_blocks=2, global_blocks=1)
+CLASSES = BlockSparseConfig(block_size=4, layers=((ALL, NEAR, NEAR, NEAR),))
+PATTERNS: dict[str, Config] = {"dilated": DILATED, "count": COUNT, "blocks": BLOCKS, "classes": CLASSES}
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "chunked prefill": {"prefill_chunk_size": 7},
@@ -60,8 +63,14 @@ def generate(model: Any, ids: Tensor, cache: Any, way: dict[str, Any], **options
 
 
 def slots(cache: Any) -> int:
-    """Keys that all layers hold."""
-    return sum(layer.places.used if isinstance(layer, PatternLayer) else layer.keys.shape[2] for layer in cache.layers)
+    """Keys that all layers hold for all heads."""
+    full = sum(x.keys.shape[1] * x.keys.shape[2] for x in cache.layers if not isinstance(x, PatternLayer))
+    return full + sum(store.keys.shape[1] * store.places.used for store in stores(cache))
+
+
+def stores(cache: Any) -> list[Store]:
+    """What holds the keys of the layers that drop some."""
+    return [store for layer in cache.layers if isinstance(layer, PatternLayer) for store in layer.stores]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -93,7 +102,7 @@ def test_families(family: str) -> None:
         actual = generate(model, ids, cache, WAYS[way], attention_mask=mask)
         assert actual[0].tolist() == expected[0].tolist()
         torch.testing.assert_close(actual[1], expected[1], rtol=1e-6, atol=1e-6)
-    assert any(isinstance(layer, PatternLayer) and layer.places.closed().has_dropped for layer in cache.layers)
+    assert any(store.places.closed().has_dropped for store in stores(cache))
 
 
 def launches(layers: int, config: Config | None) -> Counter[str]:
@@ -124,12 +133,13 @@ class _Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("pattern", [*PATTERNS])
 def test_a_step_takes_no_more_launches_than_a_dense_one(pattern: str) -> None:
-    """A layer adds as many as a dense one; what layers share is small, and asks the device for nothing."""
+    """A layer of one class adds as many as a dense one; what layers share is small, and asks the device for nothing."""
     dense, kept = ([launches(n, config) for n in (4, 8)] for config in (None, PATTERNS[pattern]))
     added = [more.total() - fewer.total() for fewer, more in (dense, kept)]
-    assert added[1] == added[0]  # rates of 4: after four layers the pattern begins anew
-    different = 4 if pattern == "dilated" else 1
-    assert kept[0].total() - dense[0].total() <= 10 + 12 * different
+    further = 4 * (pattern == "classes")  # a second class: its key, value and attention; outputs side by side
+    assert added[1] == added[0] + 4 * further  # rates of 4: after four layers the pattern begins anew
+    different = {"dilated": 4, "classes": 2}.get(pattern, 1)
+    assert kept[0].total() - dense[0].total() <= 10 + 12 * different + 4 * further
     assert not any("_local_scalar_dense" in name or "nonzero" in name for name in kept[0])
 
 
@@ -138,7 +148,7 @@ def test_layers_share_places() -> None:
     model, ids = running("llama", replace(DILATED, phase="none", rotate=False)), tokens(2, 70)
     cache = cache_for(model)
     generate(model, ids, cache, {"num_beams": 3}, attention_mask=torch.ones_like(ids))
-    one, other = (layer.places for layer in cache.layers)
+    one, other = (store.places for store in stores(cache))
     assert one is other
     earlier = weakref.ref(one)
     with torch.no_grad():
@@ -154,14 +164,15 @@ def test_dense_layers_keep_everything() -> None:
     cache = cache_for(model)
     expected = generate(model, ids, DynamicCache(config=model.config), {})
     assert generate(model, ids, cache, {})[0].tolist() == expected[0].tolist()
-    dense, dilated = cache.layers
-    assert dense.keys.shape[2] == 70 + 11
-    assert dilated.places.used < 30
+    assert cache.layers[0].keys.shape[2] == 70 + 11
+    (store,) = stores(cache)
+    assert store.places.used < 30
 
 
-def test_a_conversation_goes_on() -> None:
+@pytest.mark.parametrize("pattern", ["dilated", "classes"])
+def test_a_conversation_goes_on(pattern: str) -> None:
     """Later turns bring several tokens at once to a cache that has dropped."""
-    model, ids = running("llama", DILATED), tokens(2, 120)
+    model, ids = running("llama", PATTERNS[pattern]), tokens(2, 120)
     caches = cache_for(model), DynamicCache(config=model.config)
     with torch.no_grad():
         for start, stop in ((0, 50), (50, 51), (51, 90), (90, 120)):
@@ -169,10 +180,20 @@ def test_a_conversation_goes_on() -> None:
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
+def without_random_blocks(config: BlockSparseConfig) -> BlockSparseConfig:
+    layers = [[replace(parts, random_blocks=0) for parts in layer] for layer in config.layers]
+    return replace(config, layers=layers)
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Any, ...]:
     torch.manual_seed(draw(st.integers(0, 1 << 16)))
-    config = draw(st.one_of(configs(), block_configs(40)))
+    config = draw(st.one_of(configs(), block_configs(40).map(without_random_blocks)))
+    if isinstance(config, BlockSparseConfig) and draw(st.booleans()):  # some heads see everything
+        groups = len(config.layers[0])
+        chosen = draw(st.sets(st.integers(0, groups - 1), min_size=1))
+        layers = [[ALL if n in chosen else parts for n, parts in enumerate(layer)] for layer in config.layers]
+        config = replace(config, layers=layers)
     rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 40))
     cuts = draw(st.sets(st.integers(1, max(1, length - 1)), max_size=6))
     if draw(st.booleans()):  # the last ones one by one
@@ -183,7 +204,7 @@ def problems(draw: st.DrawFn) -> tuple[Any, ...]:
             mask = torch.arange(length) >= torch.arange(rows)[:, None] * 5
         case "anywhere":
             mask = torch.rand(rows, length) < 0.8
-    heads = draw(st.sampled_from([(2, 2), (4, 2), (6, 1), (6, 3)]))
+    heads = draw(st.sampled_from([(2, 2), (4, 2), (6, 1), (6, 3), (12, 6)]))
     return config, mask, [0, *sorted(cuts), length], heads, draw(st.integers(0, 3)), draw(st.integers(1, 6))
 
 
@@ -194,11 +215,7 @@ def test_layers_against_the_oracle(problem: tuple[Any, ...], with_sinks: bool, i
     config, mask, cuts, (H, G), ordinal, drop_every = problem
     backend = BACKENDS["dilated" if isinstance(config, DilatedConfig) else "block_sparse"]
     told = Told()
-    try:
-        layer = PatternLayer(Places.none(backend.pattern(config, ordinal), H), told, drop_every)
-    except UnsupportedError:
-        assert any(parts.random_blocks for parts in config.parts(ordinal))
-        return
+    layer = PatternLayer(Places.none(backend.pattern(config, ordinal), H), told, drop_every)
     B, M = mask.shape
     query, key, value = (torch.randn(B, n, M, 4, dtype=torch.float64) for n in (H, G, G))
     positions = torch.where(mask, mask.long().cumsum(1) - 1, -1)
@@ -213,16 +230,14 @@ def test_layers_against_the_oracle(problem: tuple[Any, ...], with_sinks: bool, i
             continue
         told.hear(stop, positions[:, :stop] if is_always_told or not mask.all() else None)
         k, v = layer.update(key[:, :, start:stop], value[:, :, start:stop])
-        if (kept := kept_keys(k)) is None:
+        if (kept := kept_keys(k, v)) is None:
             assert torch.equal(k, key[:, :, :stop])
             continue
-        assert torch.isfinite(k).all(), "room is zero"
+        assert all(torch.isfinite(part.key).all() for part in kept.parts), "room is zero"
         output = attend_kept(
             query[:, :, start:stop],
-            k,
-            v,
-            kept.pattern,
             kept,
+            kept.pattern,
             are_whole=bool(mask[:, :stop].all()),
             scale=None,
             sink_logits=sinks,
@@ -238,12 +253,33 @@ def test_the_number_of_keys_is_that_of_the_pattern() -> None:
     key = torch.randn(1, 4, 255, 8)
     told.hear(255, None)
     layer.update(key, key)
-    assert layer.keys.shape[2] == 63 + 32 + 32  # the last token on residue 0 is still to come for none of the heads
-    assert layer.keys.untyped_storage().nbytes() == 127 * 4 * 8 * 4
+    (store,) = layer.stores
+    assert store.keys.shape[2] == 63 + 32 + 32  # the last token on residue 0 is still to come for none of the heads
+    assert store.keys.untyped_storage().nbytes() == 127 * 4 * 8 * 4
 
 
-def test_inference_mode_and_autocast_come_and_go() -> None:
-    model, ids = running("llama", DILATED), tokens(2, 80)
+def test_every_class_keeps_what_it_needs_and_nothing_else_alive() -> None:
+    config, told = replace(CLASSES, layers=((ALL, NEAR, NEAR, ALL),)), Told()
+    layer = PatternLayer(Places.none(BACKENDS["block_sparse"].pattern(config, 0), 16), told, 10)
+    earlier: list[Any] = []
+    for start, stop in ((0, 51), (51, 60), (60, 61), (61, 64)):
+        told.hear(stop, None)
+        key, _ = layer.update(*(torch.randn(1, 8, stop - start, 4) for _ in range(2)))
+        assert key.shape == (1, 8, stop - start, 4)
+        assert [store.keys.shape[1] for store in layer.stores] == [2, 4, 2]
+        near = 4 + 4 + stop % 4  # the first block, the one before the next token's, and of that one what is there
+        assert [store.places.used for store in layer.stores] == [stop, near, stop]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for s in layer.stores for x in (s.keys, s.values))
+        assert not any(x() is not None for x in earlier)
+        earlier = [weakref.ref(x) for s in layer.stores for x in (s.keys, s.values)] + [weakref.ref(key)]
+        del key
+    layer.reset()
+    assert [store.keys for store in layer.stores] == [None] * 3
+
+
+@pytest.mark.parametrize("pattern", ["dilated", "classes"])
+def test_inference_mode_and_autocast_come_and_go(pattern: str) -> None:
+    model, ids = running("llama", PATTERNS[pattern]), tokens(2, 80)
     caches = cache_for(model, 50), DynamicCache(config=model.config)
     for turn, part in enumerate(ids.split([60, *[1] * 20], 1)):
         with torch.inference_mode() if turn % 7 < 3 else torch.no_grad():
@@ -254,7 +290,7 @@ def test_inference_mode_and_autocast_come_and_go() -> None:
         for turn, part in enumerate(ids.split([60, *[1] * 20], 1)):
             with torch.autocast("cpu", torch.bfloat16, enabled=turn < 5):
                 assert model(part, past_key_values=cache).logits.isfinite().all()
-    assert cache.layers[0].values.dtype == torch.float32
+    assert stores(cache)[0].values.dtype == torch.float32
 
 
 def test_other_patterns_and_heads_are_refused() -> None:
@@ -310,8 +346,9 @@ def test_what_the_cache_is_not_told_of_is_refused() -> None:
         model(ids[:, :3], past_key_values=cache)
 
 
-def test_it_can_be_used_again() -> None:
-    model, ids = running("llama", DILATED), tokens(2, 70)
+@pytest.mark.parametrize("pattern", ["dilated", "classes"])
+def test_it_can_be_used_again(pattern: str) -> None:
+    model, ids = running("llama", PATTERNS[pattern]), tokens(2, 70)
     cache = cache_for(model)
     first = generate(model, ids, cache, {})
     cache.reset()
@@ -319,7 +356,7 @@ def test_it_can_be_used_again() -> None:
     assert generate(model, ids, cache, {})[0].tolist() == first[0].tolist()
     other = copy.deepcopy(cache)
     cache.batch_repeat_interleave(2)
-    assert len(cache.layers[0].keys) == 4
+    assert len(stores(cache)[0].keys) == 4
     with torch.no_grad():
         more = tokens(2, 12)
         for token in more.split(1, 1):  # both go on by themselves

@@ -221,6 +221,7 @@ def test_attention_gives_the_same_to_the_bit(kind: str, dtype: torch.dtype, allo
     [
         (DilatedCache, DilatedConfig(segment_lengths=(16, 32), dilation_rates=(1, 2), offset="kv_head")),
         (BlockSparseCache, BlockSparseConfig(block_size=8, local_blocks=2, global_blocks=1)),
+        (BlockSparseCache, BlockSparseConfig(block_size=8, layers=(({"stride_blocks": 1}, {"local_blocks": 2}),))),
     ],
 )
 def test_caches_lie_in_the_pool(cache: Any, pattern: Any) -> None:
@@ -235,9 +236,9 @@ def test_caches_lie_in_the_pool(cache: Any, pattern: Any) -> None:
             steps = [model(part, past_key_values=own).logits for part in ids.split([30, 20, *[1] * 10], 1)]
         found.append(torch.cat(steps, 1))
         held = sum(event.size for event in recording.events if event.kind == "cache")
-        kept = sum(x.nbytes for layer in own.layers for x in (layer.keys, layer.values))
+        kept = sum(x.nbytes for layer in own.layers for store in layer.stores for x in (store.keys, store.values))
         assert held == (kept if mode == "full" else 0)
-        assert own.layers[0].places.closed().has_dropped
+        assert own.layers[0].stores[-1].places.closed().has_dropped
     assert torch.equal(*found)
 
 
