@@ -7,9 +7,8 @@ from torch import Tensor
 
 from hf_dilated.distributed.communication import Wire
 from hf_dilated.distributed.layout import SequenceLayout
-from hf_dilated.engine.decode import attend_slots
+from hf_dilated.engine.decode import Slots, attend_last, slots_of
 from hf_dilated.engine.op import with_sink
-from hf_dilated.engine.streamed import wide
 from hf_dilated.patterns import Pattern
 
 
@@ -32,7 +31,7 @@ class CachedSequence:
     length: Tensor
     generated: int = 0
     longest: int = field(init=False)
-    _slots: Tensor | None = field(init=False, default=None)  # of this step; all layers share it
+    _slots: Slots | None = field(init=False, default=None)  # of this step; all layers share it
 
     def __post_init__(self) -> None:
         self.longest = int(self.length.max())
@@ -56,14 +55,13 @@ class CachedSequence:
         tail = self.length[:, None] + number if self.wire.rank == 0 else number.expand(len(self.length), -1) * 0 - 1
         return torch.cat([self.prompt, tail], 1)
 
-    def slots(self) -> Tensor:
-        """(B, longest + 1) where the key at each position lies in this rank's cache, -1 where it does not."""
+    def slots(self) -> Slots:
+        """Where this rank's keys stand."""
         if self._slots is None:
             positions = self.positions()
-            place = torch.where(positions < 0, self.longest, positions)
-            slot = torch.arange(positions.shape[1], device=place.device).expand_as(place)
-            self._slots = place.new_full((len(place), self.longest + 1), -1).scatter_(1, place, slot)
-            self._slots[:, self.longest] = -1
+            is_here = positions >= 0
+            slots = slots_of(torch.where(is_here, positions, self.longest), self.longest)
+            self._slots = Slots(self.length - 1, self.longest, is_here, slots)
         return self._slots
 
     def attend(
@@ -82,35 +80,12 @@ class CachedSequence:
         Returns:
             Output (B, H, 1, Dv), the same on every rank.
         """
-        if pattern.is_dense(self.longest):
-            output, lse = self._attend_to_all(query, key, value, scale)
-        else:
-            output, lse = self._attend_to_seen(query, key, value, pattern, scale)
+        output, lse = attend_last(query, key, value, self.slots(), pattern, scale)
         parts = self.wire.gather(torch.cat([output, lse[..., None]], -1)).wait()  # (P, B, H, 1, Dv + 1)
         lses = parts[..., -1]
         total = lses.logsumexp(0)  # -inf where no rank has a key that is seen
         merged = ((lses - torch.where(total.isinf(), 0, total)).exp()[..., None] * parts[..., :-1]).sum(0)
         return with_sink(merged.to(query.dtype), total, sink_logits)[0]
-
-    def _attend_to_seen(
-        self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Read the keys that the pattern sees, where they are here."""
-        seen, is_seen = pattern.visible(self.length - 1, self.longest, query.shape[1], key.shape[1])
-        place = torch.where(is_seen, seen, self.longest).clamp(max=self.longest)
-        slot = self.slots().gather(1, place.flatten(1)).view_as(place)
-        return attend_slots(query, key, value, slot.clamp(min=0), slot >= 0, scale)
-
-    def _attend_to_all(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Read this rank's keys where they lie, once for each key-value head."""
-        B, G, dtype = len(query), key.shape[1], wide(query.dtype)
-        is_here = (self.positions() >= 0)[:, None]  # (B, 1, M)
-        scores = query.to(dtype).view(B, G, -1, query.shape[3]) @ key.to(dtype).transpose(2, 3) * scale
-        scores = scores.flatten(1, 2).masked_fill(~is_here, -torch.inf)
-        lse = scores.logsumexp(-1)  # (B, H)
-        share = (scores - torch.where(lse.isinf(), 0, lse)[..., None]).exp()
-        own = torch.where(is_here[..., None], value.to(dtype), 0)
-        return (share.view(B, G, -1, share.shape[2]) @ own).flatten(1, 2)[:, :, None], lse[..., None]
 
 
 def chosen_logits(wire: Wire, layout: SequenceLayout, logits: Tensor) -> Tensor:

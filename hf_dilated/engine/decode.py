@@ -41,45 +41,66 @@ def decode(
     """
     if isinstance(pattern, DilatedPattern) and runs_fused(query):
         return fused_decode(query, key, value, key_positions, pattern, scale)
-    slots = _Slots.of(key_positions, len(key), key.shape[2], query.device)
+    slots = Slots.of(key_positions, len(key), key.shape[2], query.device)
+    output, lse = attend_last(query, key, value, slots, pattern, scale)
+    return output.to(query.dtype), lse
+
+
+class Slots(NamedTuple):
+    """Where the tokens of each row's last document lie among the key slots.
+
+    Attributes:
+        position: (B,) position of the query.
+        longest: More than every position.
+        is_own: (B, M) slots of its document up to itself; None for all.
+        slots: (B, longest + 1) slots of the positions, -1 where there is none; None if they are the same.
+    """
+
+    position: Tensor
+    longest: int
+    is_own: Tensor | None = None
+    slots: Tensor | None = None
+
+    @classmethod
+    def of(cls, key_positions: Tensor | None, rows: int, keys: int, device: torch.device) -> "Slots":
+        """Read them off the positions of the key slots."""
+        if key_positions is None:
+            return cls(torch.full((rows,), keys - 1, device=device), keys)
+        key_positions = key_positions.to(device)
+        last = (key_positions != -2).sum(1, keepdim=True) - 1
+        slot = torch.arange(keys, device=device)
+        start = torch.where((key_positions == 0) & (slot <= last), slot, 0).amax(1, keepdim=True)
+        is_own = (key_positions >= 0) & (slot >= start) & (slot <= last)
+        place = torch.where(is_own, key_positions, keys)
+        return cls(key_positions.gather(1, last).squeeze(1), keys, is_own, slots_of(place, keys))
+
+    def of_positions(self, position: Tensor, is_any: Tensor) -> Tensor:
+        """Slots (B, …) of positions, -1 for those that are not any."""
+        if self.slots is None:
+            return torch.where(is_any, position, -1)
+        place = torch.where(is_any, position, self.longest).expand(len(self.slots), *position.shape[1:])
+        return self.slots.gather(1, place.flatten(1)).view_as(place)
+
+
+def slots_of(position: Tensor, longest: int) -> Tensor:
+    """Turn the position (B, M) of each slot, ``longest`` for none, into the slot (B, longest + 1) of each position."""
+    slot = torch.arange(position.shape[1], device=position.device).expand_as(position)
+    slots = position.new_full((len(position), longest + 1), -1).scatter_(1, position, slot)
+    slots[:, longest] = -1
+    return slots
+
+
+def attend_last(
+    query: Tensor, key: Tensor, value: Tensor, slots: Slots, pattern: Pattern, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend from the last token to the keys that are here; tensors as in :func:`decode`, other than their dtypes."""
     parts = [
         _attend_all(heads, query, key, value, slots, scale)
         if sees_all
         else _attend_seen(heads, query, key, value, slots, pattern, scale)
-        for heads, sees_all in _runs(pattern, query.shape[1], key.shape[2])
+        for heads, sees_all in _runs(pattern, query.shape[1], slots.longest)
     ]
-    output, lse = parts[0] if len(parts) == 1 else (torch.cat(x, 1) for x in zip(*parts, strict=True))
-    return output.to(query.dtype), lse
-
-
-def attend_slots(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slot: Tensor,
-    is_seen: Tensor,
-    scale: float,
-    kv_head: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attend to chosen slots of a cache, and read no others.
-
-    Args:
-        query: (B, H, 1, D).
-        key: (B, G, M, D).
-        value: (B, G, M, Dv).
-        slot: (B, H or 1, K) slots; one that is listed several times counts as often.
-        is_seen: (B, H or 1, K), False where an entry of ``slot`` means nothing.
-        scale: Factor of the scores.
-        kv_head: (H,) whose keys each head reads; by default they share them evenly.
-
-    Returns:
-        Output (B, H, 1, Dv) and LSE (B, H, 1), both in float32 (float64 for float64).
-    """
-    (B, H), G = query.shape[:2], key.shape[1]
-    if kv_head is None:
-        kv_head = torch.arange(H, device=query.device) // (H // G)
-    row, kv_head = torch.arange(B, device=query.device)[:, None, None], kv_head[:, None]
-    return _attend(query, key[row, kv_head, slot], value[row, kv_head, slot], is_seen, scale)
+    return parts[0] if len(parts) == 1 else (torch.cat([x for x, _ in parts], 1), torch.cat([x for _, x in parts], 1))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, is_seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -105,25 +126,27 @@ def _runs(pattern: Pattern, heads: int, keys: int) -> list[tuple[range, bool]]:
 
 
 def _attend_seen(
-    heads: range, query: Tensor, key: Tensor, value: Tensor, slots: "_Slots", pattern: Pattern, scale: float
+    heads: range, query: Tensor, key: Tensor, value: Tensor, slots: Slots, pattern: Pattern, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Some heads read what they see."""
-    H, (G, M) = query.shape[1], key.shape[1:3]
+    H, G = query.shape[1], key.shape[1]
     if isinstance(pattern, BlockSparsePattern):
-        seen, is_seen = pattern.visible_to(heads, slots.position, M, H)
+        seen, is_seen = pattern.visible_to(heads, slots.position, slots.longest, H)
         if pattern.chosen_blocks:
             chosen, is_chosen = chosen_positions(pattern, slots.position, query, _in_order(key, slots))
             mine = slice(heads.start, heads.stop)
             seen, is_seen = torch.cat([seen, chosen[:, mine]], 2), torch.cat([is_seen, is_chosen[:, mine]], 2)
     else:
-        seen, is_seen = pattern.visible(slots.position, M, H, G)  # (B, H or 1, K)
-    kv_head = torch.arange(heads.start, heads.stop, device=query.device) // (H // G)
-    own = query[:, heads.start : heads.stop]
-    return attend_slots(own, key, value, slots.of_positions(seen.clamp(0, M - 1)), is_seen, scale, kv_head)
+        seen, is_seen = pattern.visible(slots.position, slots.longest, H, G)  # (B, H or 1, K)
+    slot = slots.of_positions(seen, is_seen)
+    row = torch.arange(len(query), device=query.device)[:, None, None]
+    kv_head = torch.arange(heads.start, heads.stop, device=query.device)[:, None] // (H // G)
+    k, v = (x[row, kv_head, slot.clamp(min=0)] for x in (key, value))
+    return _attend(query[:, heads.start : heads.stop], k, v, slot >= 0, scale)
 
 
 def _attend_all(
-    heads: range, query: Tensor, key: Tensor, value: Tensor, slots: "_Slots", scale: float
+    heads: range, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Some heads read every key of the document, where it lies; those that share keys come as queries."""
     B, H, _, D = query.shape
@@ -154,46 +177,12 @@ def _sharing(heads: range, repeats: int) -> list[range]:
     return [part for part in (range(heads.start, first), range(first, last), range(last, heads.stop)) if part]
 
 
-class _Slots(NamedTuple):
-    """Where the tokens of each row's last document lie.
-
-    Attributes:
-        position: (B,) position of the query.
-        is_own: (B, M) slots of its document up to itself; None for all.
-        slots: (B, M + 1) slots of the positions; None if they are the same.
-    """
-
-    position: Tensor
-    is_own: Tensor | None = None
-    slots: Tensor | None = None
-
-    @classmethod
-    def of(cls, key_positions: Tensor | None, rows: int, keys: int, device: torch.device) -> "_Slots":
-        """Read them off the positions of the key slots."""
-        if key_positions is None:
-            return cls(torch.full((rows,), keys - 1, device=device))
-        key_positions = key_positions.to(device)
-        last = (key_positions != -2).sum(1, keepdim=True) - 1
-        slot = torch.arange(keys, device=device)
-        start = torch.where((key_positions == 0) & (slot <= last), slot, 0).amax(1, keepdim=True)
-        is_own = (key_positions >= 0) & (slot >= start) & (slot <= last)
-        slots = torch.zeros(rows, keys + 1, dtype=torch.long, device=device)
-        slots.scatter_(1, torch.where(is_own, key_positions, keys), slot.expand(rows, keys))
-        return cls(key_positions.gather(1, last).squeeze(1), is_own, slots)
-
-    def of_positions(self, position: Tensor) -> Tensor:
-        """Slots of positions (B, …)."""
-        if self.slots is None:
-            return position
-        rows = len(self.slots)
-        return self.slots.gather(1, position.expand(rows, -1, -1).flatten(1)).view(rows, *position.shape[1:])
-
-
-def _in_order(key: Tensor, slots: _Slots) -> Tensor:
+def _in_order(key: Tensor, slots: Slots) -> Tensor:
     """Keys (B, G, M, D) in the order of their positions; those that a document does not have mean nothing."""
     if slots.slots is None:
         return key
     B, G, M, _ = key.shape
-    slot = slots.of_positions(torch.arange(M, device=key.device).expand(B, 1, M))
+    position = torch.arange(M, device=key.device).expand(B, 1, M)
+    slot = slots.of_positions(position, position >= 0).clamp(min=0)
     row, head = torch.arange(B, device=key.device)[:, None, None], torch.arange(G, device=key.device)[:, None]
     return key[row, head, slot]
