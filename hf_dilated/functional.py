@@ -134,16 +134,16 @@ def attend(
     """
     check_inputs(query, key, value, key_positions, sink_logits)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    inputs = (query, key, value) if sink_logits is None else (query, key, value, sink_logits)
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     plain = key_positions is None and sink_logits is None and not return_lse
-    if plain and not torch.compiler.is_compiling() and _is_stock(query, key, pattern, is_causal):
+    if plain and not torch.compiler.is_compiling() and _is_stock(query, key, pattern, is_causal, needs_gradient):
         pattern.check(query.shape[1], is_causal)
         square, grouped = query.shape[2] == key.shape[2], query.shape[1] != key.shape[1]
         with op.running(query):
             return scaled_dot_product_attention(
                 query, key, value, is_causal=is_causal and square, scale=scale, enable_gqa=grouped
             )
-    inputs = (query, key, value) if sink_logits is None else (query, key, value, sink_logits)
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if query.shape[2] == 1 and is_causal and query.device.type != "cpu" and not needs_gradient:
         one = query, key, value, key_positions, sink_logits
         if torch.compiler.is_compiling() or type(query) is not Tensor or not query.is_cuda:
@@ -155,15 +155,15 @@ def attend(
     return (output, lse.detach()) if return_lse else output
 
 
-def _is_stock(query: Tensor, key: Tensor, pattern: Pattern, is_causal: bool) -> bool:
+def _is_stock(query: Tensor, key: Tensor, pattern: Pattern, is_causal: bool, needs_gradient: bool) -> bool:
     """Whether torch's own attention does the same as well: one dense document, whole or its last token.
 
-    Not its last token on a GPU, where cuDNN, which torch may take, plans anew for every length.
+    Not its last token on a GPU, if we can help it: there torch may take cuDNN, which plans anew for every length.
     """
     N, M = query.shape[2], key.shape[2]
     if query.is_cuda and query.dtype == torch.float32 and query.shape[1] != key.shape[1]:
         return False  # grouped heads in float32 would run on the kernel that keeps all scores
-    return pattern.is_dense(M) and (N == M or (N == 1 and is_causal and not query.is_cuda))
+    return pattern.is_dense(M) and (N == M or (N == 1 and is_causal and (needs_gradient or not query.is_cuda)))
 
 
 def known_positions(

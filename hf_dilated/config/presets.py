@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MOST_GROUPS = 16  # of heads
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -34,16 +36,21 @@ class Preset:
         return {**self.options, **({"dense_layers": tuple(sorted(dense))} if dense else {})}
 
     def for_heads(self, heads: int) -> tuple[int, int]:
-        """Return how many of how many equal groups of query heads are dense: the share, as near as heads divide.
+        """Return how many of how many equal groups of query heads are dense: about the share, as heads divide.
+
+        None are where few groups, of which each has lists of its own, cannot come near it.
 
         Example:
-            >>> [Preset(dense_heads=0.25).for_heads(heads) for heads in (32, 14, 9, 1)]
-            [(1, 4), (2, 7), (2, 9), (0, 1)]
+            >>> [Preset(dense_heads=0.25).for_heads(heads) for heads in (32, 14, 9, 2, 71)]
+            [(1, 4), (2, 7), (2, 9), (0, 1), (0, 1)]
         """
-        if not self.dense_heads or heads < 2:
-            return 0, 1
-        groups = next(n for n in range(1, heads + 1) if heads % n == 0 and (n * self.dense_heads >= 1 or n == heads))
-        return max(1, round(groups * self.dense_heads)), groups
+        shares = {
+            round(groups * self.dense_heads) / groups: (round(groups * self.dense_heads), groups)
+            for groups in range(min(heads, MOST_GROUPS), 1, -1)
+            if heads % groups == 0
+        }
+        nearest = min(shares, key=lambda share: abs(share - self.dense_heads), default=0.0)
+        return shares[nearest] if nearest and abs(nearest / self.dense_heads - 1) <= 1 / 3 else (0, 1)
 
 
 DILATED = Preset()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_dilated.config import BlockParts
 from hf_dilated.engine.kernels import FLASH_ATTENTION_4, Case
 from hf_dilated.engine.kernels.flash_attention_4 import flash_attention_4
 from hf_dilated.patterns import BlockSparsePattern
@@ -51,9 +52,20 @@ def refuses(
     parts = pattern.config.parts(pattern.layer)
     if not all(own.local_blocks for own in parts):
         return "needs every token to see itself"
-    if len(parts) > 1 and 4 * query.shape[1] * (documents.keys // BLOCK) ** 2 > LIST_BYTES:
+    if len(parts) > 1 and 4 * query.shape[1] * _most_pairs(parts, documents.keys // BLOCK) > LIST_BYTES:
         return f"needs lists for each head where heads differ, of more than {LIST_BYTES >> 20} MiB"
     return None
+
+
+def _most_pairs(parts: tuple[BlockParts, ...], blocks: int) -> int:
+    """Pairs of blocks that a list holds at most: each is as long as the longest."""
+    widest = [
+        own.local_blocks + own.dilated_blocks
+        if own == BlockParts(local_blocks=own.local_blocks, dilated_blocks=own.dilated_blocks)
+        else blocks
+        for own in parts
+    ]
+    return blocks * min(blocks, max(widest))
 
 
 def forward(lists: Lists, is_causal: bool, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -117,6 +117,9 @@ def _check_window_is_known(config: Any, types: list[str] | None, layer_idx: int 
         )
 
 
+SIZES = "max_position_embeddings", "num_attention_heads", "num_attention_heads_per_layer", "num_hidden_layers"
+
+
 def module_pattern(module: nn.Module, sliding_window: int | None, backend: str) -> Pattern:
     """Return the pattern of an attention module, as :func:`layer_pattern` does.
 
@@ -125,10 +128,12 @@ def module_pattern(module: nn.Module, sliding_window: int | None, backend: str) 
     """
     config: Any = module.config
     stored, types = attribute(config, "hf_dilated"), attribute(config, "layer_types")
-    positions, heads, window, uses_window = None, None, None, True
+    sizes: tuple[Any, ...] = (None,) * len(SIZES)
+    window, uses_window = None, True
     if not isinstance(stored, dict) or stored.get(BACKENDS[backend].part) is None:
         text = text_part(config)
-        positions, heads = attribute(text, "max_position_embeddings"), attribute(text, "num_attention_heads")
+        found = (attribute(text, name) for name in SIZES)
+        sizes = tuple(tuple(x) if isinstance(x, list) else x for x in found)
     if types is None:
         window, uses_window = attribute(config, "sliding_window"), attribute(config, "use_sliding_window", True)
     else:
@@ -138,8 +143,7 @@ def module_pattern(module: nn.Module, sliding_window: int | None, backend: str) 
         backend,
         type(config).__name__,
         repr(stored),
-        positions,
-        heads,
+        sizes,
         types,
         window,
         uses_window,
@@ -158,8 +162,7 @@ def _pattern_from_values(
     backend: str,
     name: str,
     stored: str,
-    positions: int | None,
-    heads: int | None,
+    sizes: tuple[Any, ...],
     types: tuple[str, ...] | None,
     window: int | None,
     uses_window: bool | None,
@@ -175,7 +178,6 @@ def _pattern_from_values(
         layer_types=types,
         sliding_window=window,
         use_sliding_window=uses_window,
-        max_position_embeddings=positions,
-        num_attention_heads=heads,
+        **dict(zip(SIZES, sizes, strict=True)),
     )
     return layer_pattern(config, layer_idx, sliding_window, backend)

@@ -9,7 +9,8 @@ from typing import Any
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}  # of everything else a file is a document
 SHUFFLED_AT_ONCE = 1000
-REMEMBERED_TOKENS = 1 << 24  # 64 MiB: a corpus that is read many times is tokenised once
+REMEMBERED_TOKENS = 1 << 24  # a corpus that is read many times is tokenised once
+OF_A_DOCUMENT = 64  # tokens as large as what else is remembered of it
 
 
 def stream_texts(source: str, *, files: str = "**/*", split: str = "train", **options: Any) -> Any:
@@ -46,7 +47,7 @@ def tokenized(
     """Return the documents of an epoch in tokens, in another order each time, for ``PackedRows``.
 
     A document ends with the tokenizer's end-of-text token, and begins as the tokenizer lets texts begin. The first
-    16M tokens are remembered for further epochs.
+    16M tokens, fewer where documents are short, are remembered for further epochs.
 
     Args:
         texts: A streaming dataset.
@@ -62,7 +63,9 @@ def tokenized(
         for batch in shuffled.iter(batch_size=1):  # plain iteration takes another order in a worker of a data loader
             if column not in batch:
                 raise ValueError(f"column: {column!r} is not one of {', '.join(batch)}")
-            yield encode(batch[column][0])
+            if not isinstance(text := batch[column][0], str):
+                raise ValueError(f"column: {column!r} holds {type(text).__name__}, not text")
+            yield encode(text)
 
     return epoch
 
@@ -84,9 +87,9 @@ def _remembering(encode: Callable[[str], list[int]]) -> Callable[[str], list[int
         if key in known:
             return known[key].tolist()
         tokens = encode(text)
-        if len(tokens) <= room:
+        if len(tokens) + OF_A_DOCUMENT <= room:
             known[key] = array("i", tokens)
-            room -= len(tokens)
+            room -= len(tokens) + OF_A_DOCUMENT
         return tokens
 
     return remember

@@ -105,9 +105,16 @@ def test_a_quarter_of_the_heads_is_dense_by_default(length, operations, heads, k
     assert [torch.equal(head, causal) for head in seen] == [head < heads // 4 for head in range(heads)]
 
 
-def test_models_whose_heads_are_not_one_number_get_a_window():
-    for model in (PreTrainedConfig(), PreTrainedConfig(num_attention_heads=[4, 8])):
-        assert BlockSparseConfig.from_model_config(model, max_length=8192).layers == ()
+def test_groups_divide_the_heads_of_every_layer():
+    def groups(**sizes):
+        config = BlockSparseConfig.from_model_config(PreTrainedConfig(**sizes), max_length=8192)
+        return len(config.parts())
+
+    assert groups() == groups(num_attention_heads=71) == 1
+    assert (
+        groups(num_attention_heads=[8, 12]) == groups(num_attention_heads=8, num_attention_heads_per_layer=[8, 4]) == 4
+    )
+    assert groups(num_attention_heads=8, num_attention_heads_per_layer=[8, 6]) == 1
 
 
 def test_every_block_seen_is_dense_at_any_length():

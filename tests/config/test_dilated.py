@@ -150,19 +150,18 @@ def test_a_preset_is_what_a_model_gets(monkeypatch, module, name, config_class, 
 
 def test_dense_heads_of_a_preset(monkeypatch):
     model = LlamaConfig(max_position_embeddings=8192, num_hidden_layers=10, hidden_size=96, num_attention_heads=6)
-    preset = Preset(dense_every=5, dense_heads=1 / 3, options={"topk_blocks": 2})
+    preset = Preset(dense_every=5, dense_heads=1 / 3, options={"topk_blocks": 2, "block_size": 64, "seed": 7})
     monkeypatch.setattr("hf_dilated.config.block_sparse.BLOCK_SPARSE", preset)
     config = BlockSparseConfig.from_model_config(model)
     near = BlockParts(local_blocks=17, global_blocks=1, topk_blocks=2)
-    assert config == BlockSparseConfig(layers=((BlockParts(stride_blocks=1), near, near),), dense_layers=(4, 9))
+    by_head = BlockParts(stride_blocks=1), near, near
+    assert config == BlockSparseConfig(block_size=64, seed=7, layers=(by_head,), dense_layers=(4, 9))
 
 
 @given(heads=st.integers(1, 256), share=st.floats(0.01, 1))
-def test_dense_heads_are_as_near_to_the_share_as_heads_divide(heads, share):
+def test_dense_heads_come_near_their_share_or_there_are_none(heads, share):
     dense, groups = Preset(dense_heads=share).for_heads(heads)
     assert heads % groups == 0
-    assert 0 <= dense <= groups
-    assert (dense == 0) == (heads == 1)
-    if heads * share >= 1:
-        assert abs(dense / groups - share) <= share / 2
+    assert groups <= 16
+    assert dense == 0 or abs(dense / groups - share) <= share / 3 + 1e-9
     assert Preset().for_heads(heads) == (0, 1)

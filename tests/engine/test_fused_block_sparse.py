@@ -199,13 +199,19 @@ def test_flash_attention_4_gets_the_right_lists(flash_attention_4, groups, lengt
     assert_equals_oracle(case, torch.float32, 2e-5)
 
 
+def test_flash_attention_4_runs_windows_that_differ_at_any_length(flash_attention_4):
+    config = BlockSparseConfig(layers=((BlockParts(local_blocks=8), BlockParts(local_blocks=16)),))
+    pattern, x = BlockSparsePattern(config=config), torch.zeros(1, 2, 1, 8).expand(-1, -1, 1 << 21, -1)
+    assert flash_block_sparse.refuses(pattern, Documents.whole_rows(1, 1 << 21, 1 << 21), True, x, x) is None
+
+
 @pytest.mark.parametrize(
     ("config", "length", "is_causal", "reason"),
     [
         (BlockSparseConfig(block_size=64), 256, True, "needs blocks of 128 tokens"),
         (BlockSparseConfig(local_blocks=0, global_blocks=1), 256, True, "needs every token to see itself"),
         (BlockSparseConfig(), 300, False, "needs whole blocks where attention is not causal"),
-        (BlockSparseConfig(layers=((BlockParts(), BlockParts()),)), 1 << 21, True, "more than 512 MiB"),
+        (BlockSparseConfig(layers=((BlockParts(), BlockParts(global_blocks=1)),)), 1 << 21, True, "more than 512 MiB"),
     ],
 )
 def test_what_flash_attention_4_does_not_run(flash_attention_4, config, length, is_causal, reason):

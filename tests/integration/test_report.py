@@ -8,10 +8,12 @@ import transformers as tf
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_dilated import ConfigError, DilatedConfig, reference
+from hf_dilated.config.presets import Preset
+from hf_dilated.integration import layers
 from hf_dilated.integration.attention import attention_function
 from hf_dilated.integration.report import ModelReport, ReportError, keys_per_query, report
 from hf_dilated.integration.support import UnsupportedError
-from hf_dilated.patterns import DilatedPattern
+from hf_dilated.patterns import DensePattern, DilatedPattern
 from tests.tiny_models import GROUPED, SIZES, tiny_config
 
 
@@ -63,6 +65,21 @@ def test_a_stored_pattern_with_layers_that_differ() -> None:
     assert result.layers[2].why == "grid shifted by 4 tokens"
     assert result.is_stored
     assert result.dense_length == 2 + 8 - 4
+
+
+@pytest.mark.parametrize("backend", ["dilated", "block_sparse"])
+def test_a_preset_means_the_same_to_reports_and_to_running_layers(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    preset = Preset(dense_every=2, dense_heads=0.5)
+    monkeypatch.setattr(f"hf_dilated.config.{backend}.{backend.upper()}", preset)
+    layers._pattern_from_values.cache_clear()
+    config = tf.LlamaConfig(**GROUPED | {"num_hidden_layers": 4})
+    model = tf.LlamaForCausalLM._from_config(config, attn_implementation=backend)
+    found = [layers.module_pattern(layer.self_attn, None, backend) for layer in model.model.layers]
+    layers._pattern_from_values.cache_clear()
+    assert found == [layers.layer_pattern(model.config, n, None, backend) for n in range(4)]
+    assert [isinstance(pattern, DensePattern) for pattern in found] == [False, True, False, True]
 
 
 def test_an_image_model_needs_a_length() -> None:

@@ -46,6 +46,9 @@ def test_what_cannot_be_read_is_named(folder: Path) -> None:
         stream_texts(str(folder))
     with pytest.raises(ValueError, match="column: 'body' is not one of text"):
         next(tokenized(stream_texts(str(folder / "a.txt")), tokenizer(), column="body")(0))
+    (folder / "f.jsonl").write_text('{"text": null}\n')
+    with pytest.raises(ValueError, match="column: 'text' holds NoneType, not text"):
+        next(tokenized(stream_texts(str(folder / "f.jsonl")), tokenizer())(0))
 
 
 def test_documents_begin_and_end_as_the_tokenizer_says_and_every_epoch_has_its_order(tmp_path: Path) -> None:
@@ -57,7 +60,7 @@ def test_documents_begin_and_end_as_the_tokenizer_says_and_every_epoch_has_its_o
     assert sorted(first) == sorted(second) == sorted([0, *tokens.encode(f"x = {n}")[1:], 0] for n in range(30))
 
 
-@pytest.mark.parametrize(("room", "calls"), [(1 << 20, [5, 0, 0]), (12, [5, 3, 3]), (0, [5, 5, 5])])
+@pytest.mark.parametrize(("room", "calls"), [(1 << 20, [5, 0, 0]), (140, [5, 3, 3]), (0, [5, 5, 5])])
 def test_what_there_is_room_for_is_tokenised_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, calls: list[int]
 ) -> None:
