@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_dilated.config import DilatedConfig
+from hf_dilated.integration.attributes import attribute, text_part
 from hf_dilated.integration.backends import BACKENDS
 from hf_dilated.integration.documents import check_gaps, shared_positions
 from hf_dilated.integration.kept import attend_kept, kept_keys
@@ -17,7 +19,7 @@ from hf_dilated.integration.masks import FORMS
 from hf_dilated.integration.memory import module_memory
 from hf_dilated.integration.packing import BOUNDARIES, WITHOUT_CHECK, check_boundaries
 from hf_dilated.integration.support import UnsupportedError
-from hf_dilated.patterns import DilatedPattern, Pattern
+from hf_dilated.patterns import DensePattern, DilatedPattern, Pattern
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -107,6 +109,7 @@ def attention_forward(
     if sliding_window is not None and query.shape[2] > 1 and key_positions is not None:
         check_gaps(key_positions)
     pattern = module_pattern(module, sliding_window, backend)
+    _check_heads(module, query.shape[1], pattern)
     _warn_if_long(pattern, key.shape[2], key_positions)
     query, key, value = _autocast(query, key, value)
     output = BACKENDS[backend].attend(
@@ -175,6 +178,18 @@ def _check_lengths(
         raise UnsupportedError(
             f"attention_mask covers {attention_mask.shape[0]} rows of {attention_mask.shape[3]} keys, but "
             f"{type(module).__name__} has {B} of {M}; something has changed the keys behind the mask"
+        )
+
+
+def _check_heads(module: nn.Module, heads: int, pattern: Pattern) -> None:
+    """Refuse a part of a layer's heads: a pattern tells them apart by their number."""
+    if isinstance(pattern, DensePattern) or heads == attribute(text_part(module.config), "num_attention_heads"):
+        return
+    if any(isinstance(weight, DTensor) for weight in module.parameters()):
+        raise UnsupportedError(
+            f"tp_plan: under tensor parallelism {type(module).__name__} has {heads} of its heads, and a pattern tells "
+            'heads apart by their number. Use data parallelism or FSDP, or share sequences with "ring_dilated" or '
+            '"ring_block_sparse"'
         )
 
 

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import transformers as tf
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_dilated import ConfigError, DilatedConfig
 from hf_dilated.integration.attention import attention_function
@@ -64,6 +67,27 @@ def test_an_indexer_of_the_model():
     model.config.index_topk = 4
     with pytest.raises(UnsupportedError, match="index_topk=4: an indexer of the model"):
         model(tokens(1, 8))
+
+
+def test_a_part_of_the_heads():
+    """Tensor parallelism: the weights of a layer are split over ranks."""
+    model = tiny_model("llama", "dilated")
+    model.config.hf_dilated = PATTERN
+    model.config.num_attention_heads *= 2  # as if every rank had half of them
+    model(tokens(1, 12))  # some layers have other numbers of heads
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for layer in model.model.layers:
+            projection = layer.self_attn.q_proj
+            mesh = init_device_mesh("cpu", (1,))
+            projection.weight = nn.Parameter(distribute_tensor(projection.weight.detach(), mesh, [Shard(0)]))
+            projection.forward = partial(nn.functional.linear, weight=projection.weight.to_local())
+        with pytest.raises(UnsupportedError, match="tp_plan: under tensor parallelism LlamaAttention has 4 of its"):
+            model(tokens(1, 12))
+        model.set_attn_implementation("sdpa")
+        model(tokens(1, 12))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_encoder_decoders():
