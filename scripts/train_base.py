@@ -44,7 +44,8 @@ NOT_READ = {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # othe
 HELD_OUT_SHARE = 10
 DOCUMENT = "<|document|>"
 IGNORED = -100
-TOLD = ("steps", "length", "learning_rate", "lesson_share", "layers", "hidden", "seed")  # settings in the summary
+# settings in the summary
+TOLD = ("steps", "length", "learning_rate", "lesson_share", "layers", "hidden", "rope_theta", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Settings:
     vocabulary: int = 3072
     hidden: int = 256
     layers: int = 5
+    rope_theta: float = 10_000.0
     held_out_rows: int = 256
     seed: int = 0
 
@@ -168,6 +170,7 @@ def build_model(settings: Settings) -> LlamaForCausalLM:
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=settings.length,
+        rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
@@ -318,6 +321,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
     rows: Annotated[int, typer.Option(help="Rows in a batch.")] = Settings.rows,
     length: Annotated[int, typer.Option(help="Tokens in a row.")] = Settings.length,
+    rope_theta: Annotated[float, typer.Option(help="Base of the rotary positions.")] = Settings.rope_theta,
     held_out_rows: Annotated[int, typer.Option(help="Held-out rows to evaluate on.")] = Settings.held_out_rows,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = Settings.seed,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cuda" if torch.cuda.is_available() else "cpu",
@@ -328,7 +332,9 @@ def main(
     if only_card:
         write_card(output, report)
         return
-    settings = Settings(steps=steps, rows=rows, length=length, held_out_rows=held_out_rows, seed=seed)
+    settings = Settings(
+        steps=steps, rows=rows, length=length, rope_theta=rope_theta, held_out_rows=held_out_rows, seed=seed
+    )
     run(read_library(sources), output, settings, device=device, library=sources.name)
 
 

@@ -16,8 +16,9 @@ def lesson(haystack: Haystack, tokens: int, random: Random) -> list[int]:
     """Write a document of exactly ``tokens`` tokens whose later parts can be known from its earlier ones.
 
     Three quarters of the documents state many facts, a pass key among them, and ask for each of them one to three
-    times, at any distance: almost every answer in them is a retrieval to learn from, and their density varies from
-    document to document. The others end with one question of :data:`hf_dilated.tasks.TASKS`.
+    times, for the last time at a distance that is as likely long as short: almost every answer in them is a retrieval
+    to learn from, and their density varies from document to document. The others end with one question of
+    :data:`hf_dilated.tasks.TASKS`.
 
     Args:
         haystack: The text between.
@@ -34,7 +35,7 @@ def lesson(haystack: Haystack, tokens: int, random: Random) -> list[int]:
 
 
 def _facts(haystack: Haystack, tokens: int, random: Random) -> list[int]:
-    """Facts at random places, each with its questions anywhere behind it."""
+    """Facts at random places, each with its questions behind it."""
     densest, sparsest = map(log, TOKENS_PER_MENTION)
     mentions = max(2, int(tokens / exp(random.uniform(densest, sparsest))))
     questions: list[int] = []
@@ -44,8 +45,10 @@ def _facts(haystack: Haystack, tokens: int, random: Random) -> list[int]:
     texts: list[str] = []
     for name, count in zip(["", *words(random, len(questions) - 1)], questions, strict=True):
         statement, question = _fact(name, number(random))
-        told = random.random()
-        depths += [told, *sorted(random.uniform(told, 1) for _ in range(count))]
+        distance = random.random()
+        told = random.uniform(0, 1 - distance)
+        asked = sorted(random.uniform(told, told + distance) for _ in range(count - 1))
+        depths += [told, *asked, told + distance]
         texts += [statement, *[question] * count]
     return haystack.around(list(zip(depths, haystack.encode_each(texts), strict=True)), tokens, random)
 

@@ -14,6 +14,7 @@ from hf_dilated.training.curriculum import LengthCurriculum
 
 IGNORED = -100
 SHORTEST_LESSON = 256
+WHOLE_LESSONS = 0.5  # of them
 
 Documents = Callable[[int], Iterable[list[int]]]
 Lesson = Callable[[int, Random], list[int]]
@@ -101,13 +102,19 @@ class _Parts:
     def _next(self, fits: int) -> list[int]:
         lesson = self.dataset.lesson
         if lesson and self.taught < self.dataset.lesson_share * (self.given + fits) and fits >= SHORTEST_LESSON:
-            part = lesson(self.random.randint(max(SHORTEST_LESSON, fits // 8), fits), self.random)
+            part = lesson(self._lesson_length(fits), self.random)
             self.taught += len(part)
         else:
             self.rest = self.rest or next(self.texts)
             part, self.rest = self.rest[:fits], self.rest[fits:]
         self.given += len(part)
         return part
+
+    def _lesson_length(self, fits: int) -> int:
+        """All that fits half of the time, so that what is far apart comes often enough; else any length."""
+        if self.random.random() < WHOLE_LESSONS:
+            return fits
+        return self.random.randint(max(SHORTEST_LESSON, fits // 8), fits)
 
 
 def _without_end(documents: Documents) -> Iterator[list[int]]:

@@ -45,7 +45,8 @@ weights stored in bfloat16. `training.jsonl` is the log.
 {% endif -%}
 - Documents are packed into rows of {{ "{:,}".format(length) }} tokens; attention does not cross from one document to
   the next.
-- Architecture: {{ layers }} layers, hidden size {{ hidden }}, 8 query and 4 key-value heads, RoPE, tied embeddings,
+- Architecture: {{ layers }} layers, hidden size {{ hidden }}, 8 query and 4 key-value heads, RoPE
+  {%- if rope_theta %} of base {{ '{:,.0f}'.format(rope_theta) }}{% endif %}, tied embeddings,
   a byte-level BPE tokenizer of {{ "{:,}".format(vocabulary) }} tokens trained on the training files.
 - The GPU kernels do not add in a fixed order, so a second run gives the same curve, not the same bits.
 

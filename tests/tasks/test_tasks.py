@@ -92,6 +92,20 @@ def test_lessons_can_be_known_from_what_came_before(haystack: Haystack) -> None:
     assert asked["pass key"] > 15
 
 
+def test_the_last_question_is_as_likely_far_from_its_fact_as_near(haystack: Haystack) -> None:
+    shares: list[float] = []
+    for seed in range(60):
+        text = decoded(haystack, lesson(haystack, 3000, Random(seed)))
+        last = {question[1]: question.start() for question in QUESTION.finditer(text)}
+        told = {fact[1] or fact[3]: fact.start() for fact in reversed([*FACT.finditer(text)])}  # not in answers
+        if len(last) > 1:  # many facts, not one task
+            shares += [(last[name] - told[name]) / len(text) for name in last]
+    assert len(shares) > 300
+    assert [sum(share < cut for share in shares) / len(shares) for cut in (0.25, 0.5, 0.75)] == pytest.approx(
+        [0.25, 0.5, 0.75], abs=0.06
+    )
+
+
 def test_lessons_have_any_length(haystack: Haystack) -> None:
     lengths = [256, 257, 300, 2048, 5000]
     assert [len(lesson(haystack, length, Random(length))) for length in lengths] == lengths
