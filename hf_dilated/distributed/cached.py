@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_dilated.distributed.communication import Wire
 from hf_dilated.distributed.layout import SequenceLayout
-from hf_dilated.engine.decode import Slots, attend_last, slots_of
+from hf_dilated.engine.decode import LastDocument, attend_last, slots_of
 from hf_dilated.engine.op import with_sink
 from hf_dilated.patterns import Pattern
 
@@ -31,7 +31,7 @@ class CachedSequence:
     length: Tensor
     generated: int = 0
     longest: int = field(init=False)
-    _slots: Slots | None = field(init=False, default=None)  # of this step; all layers share it
+    _slots: LastDocument | None = field(init=False, default=None)  # of this step; all layers share it
 
     def __post_init__(self) -> None:
         self.longest = int(self.length.max())
@@ -55,13 +55,13 @@ class CachedSequence:
         tail = self.length[:, None] + number if self.wire.rank == 0 else number.expand(len(self.length), -1) * 0 - 1
         return torch.cat([self.prompt, tail], 1)
 
-    def slots(self) -> Slots:
+    def slots(self) -> LastDocument:
         """Where this rank's keys stand."""
         if self._slots is None:
             positions = self.positions()
             is_here = positions >= 0
             slots = slots_of(torch.where(is_here, positions, self.longest), self.longest)
-            self._slots = Slots(self.length - 1, self.longest, is_here, slots)
+            self._slots = LastDocument(self.length - 1, self.longest, is_here, slots)
         return self._slots
 
     def attend(

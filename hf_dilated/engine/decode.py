@@ -41,12 +41,12 @@ def decode(
     """
     if isinstance(pattern, DilatedPattern) and runs_fused(query):
         return fused_decode(query, key, value, key_positions, pattern, scale)
-    slots = Slots.of(key_positions, len(key), key.shape[2], query.device)
+    slots = LastDocument.of(key_positions, len(key), key.shape[2], query.device)
     output, lse = attend_last(query, key, value, slots, pattern, scale)
     return output.to(query.dtype), lse
 
 
-class Slots(NamedTuple):
+class LastDocument(NamedTuple):
     """Where the tokens of each row's last document lie among the key slots.
 
     Attributes:
@@ -62,7 +62,7 @@ class Slots(NamedTuple):
     slots: Tensor | None = None
 
     @classmethod
-    def of(cls, key_positions: Tensor | None, rows: int, keys: int, device: torch.device) -> "Slots":
+    def of(cls, key_positions: Tensor | None, rows: int, keys: int, device: torch.device) -> "LastDocument":
         """Read them off the positions of the key slots."""
         if key_positions is None:
             return cls(torch.full((rows,), keys - 1, device=device), keys)
@@ -75,7 +75,7 @@ class Slots(NamedTuple):
         return cls(key_positions.gather(1, last).squeeze(1), keys, is_own, slots_of(place, keys))
 
     def of_positions(self, position: Tensor, is_any: Tensor) -> Tensor:
-        """Slots (B, …) of positions, -1 for those that are not any."""
+        """LastDocument (B, …) of positions, -1 for those that are not any."""
         if self.slots is None:
             return torch.where(is_any, position, -1)
         place = torch.where(is_any, position, self.longest).expand(len(self.slots), *position.shape[1:])
@@ -91,7 +91,7 @@ def slots_of(position: Tensor, longest: int) -> Tensor:
 
 
 def attend_last(
-    query: Tensor, key: Tensor, value: Tensor, slots: Slots, pattern: Pattern, scale: float
+    query: Tensor, key: Tensor, value: Tensor, slots: LastDocument, pattern: Pattern, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend from the last token to the keys that are here; tensors as in :func:`decode`, other than their dtypes."""
     parts = [
@@ -100,6 +100,11 @@ def attend_last(
         else _attend_seen(heads, query, key, value, slots, pattern, scale)
         for heads, sees_all in _runs(pattern, query.shape[1], slots.longest)
     ]
+    return _side_by_side(parts)
+
+
+def _side_by_side(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Put the heads of outputs and LSEs together."""
     return parts[0] if len(parts) == 1 else (torch.cat([x for x, _ in parts], 1), torch.cat([x for _, x in parts], 1))
 
 
@@ -126,7 +131,7 @@ def _runs(pattern: Pattern, heads: int, keys: int) -> list[tuple[range, bool]]:
 
 
 def _attend_seen(
-    heads: range, query: Tensor, key: Tensor, value: Tensor, slots: Slots, pattern: Pattern, scale: float
+    heads: range, query: Tensor, key: Tensor, value: Tensor, slots: LastDocument, pattern: Pattern, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Some heads read what they see."""
     H, G = query.shape[1], key.shape[1]
@@ -146,7 +151,7 @@ def _attend_seen(
 
 
 def _attend_all(
-    heads: range, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scale: float
+    heads: range, query: Tensor, key: Tensor, value: Tensor, slots: LastDocument, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Some heads read every key of the document, where it lies; those that share keys come as queries."""
     B, H, _, D = query.shape
@@ -161,8 +166,7 @@ def _attend_all(
         else:
             output, lse = _attend(q, k, v, slots.is_own[:, None], scale)
         parts.append((output.reshape(B, len(run), 1, -1), lse.reshape(B, len(run), 1)))
-    output, lse = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-    return output, lse
+    return _side_by_side(parts)
 
 
 def _sharing(heads: range, repeats: int) -> list[range]:
@@ -177,7 +181,7 @@ def _sharing(heads: range, repeats: int) -> list[range]:
     return [part for part in (range(heads.start, first), range(first, last), range(last, heads.stop)) if part]
 
 
-def _in_order(key: Tensor, slots: Slots) -> Tensor:
+def _in_order(key: Tensor, slots: LastDocument) -> Tensor:
     """Keys (B, G, M, D) in the order of their positions; those that a document does not have mean nothing."""
     if slots.slots is None:
         return key
